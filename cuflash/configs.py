@@ -1,0 +1,579 @@
+"""Kernel configurations: tile tables per kernel, architecture and head_dim.
+
+A configuration is everything that changes the *shape of the code*; it has the same fields, in the same
+order, as the C++ struct of the same name in ``kernels_cu/attention/config.cuh`` and is compiled into one
+kernel. What is not a field (lengths, strides, scale, window) is a run-time parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+from .problem import ITEMSIZE
+
+#: (head_dim, head_dim_v) that have kernels; others are padded inside the kernel to the next pair.
+HEAD_DIM_PAIRS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+#: Architectures that the tables are written for, and the -arch of NVRTC.
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+#: Shared memory a block may use, in bytes, by compute capability.
+SMEM_PER_BLOCK = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+_MMA_CPP = {"f16": "kF16", "bf16": "kBF16", "f16_turing": "kF16Turing", "tf32": "kTF32", "tf32x3": "kTF32x3"}
+_COPY_CPP = {"async": "kAsync", "vector": "kVector", "element": "kElement"}
+_DTYPE_CPP = {"float16": "kF16", "bfloat16": "kBF16", "float32": "kF32", "float64": "kF64"}
+_STEP_CPP = {"delta": "kDelta", "dkdv": "kDKDV", "dq": "kDQ"}
+_ENUMS = {
+    "mma": ("Mma", _MMA_CPP),
+    "copy": ("Copy", _COPY_CPP),
+    "dtype": ("Dtype", _DTYPE_CPP),
+    "step": ("BackwardStep", _STEP_CPP),
+}
+
+
+def pad_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
+    """Smallest pair of head dims that has kernels and holds the given ones; None where none does."""
+    return next((pair for pair in HEAD_DIM_PAIRS if pair[0] >= head_dim and pair[1] >= head_dim_v), None)
+
+
+def smem_limit(arch: int) -> int:
+    """Shared memory of a block on the nearest architecture at or below `arch`."""
+    return SMEM_PER_BLOCK[max(known for known in ARCHS if known <= arch)]
+
+
+def _elem_bytes(mma: str) -> int:
+    return 4 if mma.startswith("tf32") else 2
+
+
+def _acc_bytes(dtype: str) -> int:
+    """Bytes of the type that the SIMT kernels compute in."""
+    return 8 if dtype == "float64" else 4
+
+
+def _block_gemm_bytes(dtype: str, rows: int, cols: int, columns: int) -> int:
+    """``BlockGemm::kBytes`` of ``tile/block_gemm.cuh``: the operand stage and P, rows padded by 16 bytes."""
+    size = _acc_bytes(dtype)
+    depth_nn = 8192 // (columns * size)
+    stage = max((rows + cols) * (64 + 16), depth_nn * columns * size)
+    return stage + rows * (cols * size + 16)
+
+
+class Config:
+    """What every configuration knows: how to name itself and how to appear in C++."""
+
+    header: ClassVar[str]
+    function: ClassVar[str]
+    params: ClassVar[str]
+    #: Fields that only Python and the launch bounds read.
+    host_fields: ClassVar[frozenset[str]] = frozenset({"min_blocks", "tuned"})
+    threads: int
+    min_blocks: int
+    smem_bytes: int
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def cpp(self) -> str:
+        """The configuration as a C++ designated initialiser."""
+        parts = []
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name in self.host_fields:
+                continue
+            if field.name in _ENUMS:
+                enum, names = _ENUMS[field.name]
+                text = f"{enum}::{names[value]}"
+            else:
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+            parts.append(f".{field.name} = {text}")
+        return f"{type(self).__name__}{{{', '.join(parts)}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardMmaConfig(Config):
+    """``forward_mma.cuh``."""
+
+    mma: str
+    copy: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 2
+    overlap: bool = False
+    min_blocks: int = 1
+    tuned: bool = True
+
+    header: ClassVar[str] = "forward_mma.cuh"
+    function: ClassVar[str] = "forward_mma"
+    params: ClassVar[str] = "ForwardParams"
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        return 32 * self.num_warps
+
+    @property
+    def elem_bytes(self) -> int:
+        return _elem_bytes(self.mma)
+
+    @property
+    def smem_bytes(self) -> int:  # type: ignore[override]
+        q_or_out = self.block_m * max(self.head_dim, self.head_dim_v)
+        stages = self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
+        return (q_or_out + stages) * self.elem_bytes
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return (
+            f"attention_forward_mma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
+            f"_w{self.num_warps}{'_overlap' if self.overlap else ''}_{self.copy}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardMmaConfig(Config):
+    """``backward_mma.cuh``."""
+
+    mma: str
+    copy: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    dq_warps_m: int
+    reduce_width: int
+    min_blocks: int = 1
+    deterministic: bool = False
+    tuned: bool = True
+
+    header: ClassVar[str] = "backward_mma.cuh"
+    function: ClassVar[str] = "backward_mma"
+    params: ClassVar[str] = "BackwardParams"
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        return 32 * self.num_warps
+
+    @property
+    def elem_bytes(self) -> int:
+        return _elem_bytes(self.mma)
+
+    @property
+    def smem_bytes(self) -> int:  # type: ignore[override]
+        row = self.head_dim + self.head_dim_v
+        stage = self.block_m * row + self.block_n * self.block_m  # Q, dO and dS
+        elems = self.block_n * row + self.block_n * self.block_m + self.num_stages * stage
+        return elems * self.elem_bytes + self.num_stages * 2 * self.block_m * 4
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return (
+            f"attention_backward_mma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
+            f"_w{self.num_warps}_s{self.num_stages}_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
+            f"{'_deterministic' if self.deterministic else ''}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardPreprocessConfig(Config):
+    """``backward_preprocess.cuh``."""
+
+    mma: str
+    copy: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    num_warps: int
+    semaphores: int
+
+    header: ClassVar[str] = "backward_preprocess.cuh"
+    function: ClassVar[str] = "backward_preprocess"
+    params: ClassVar[str] = "BackwardParams"
+    min_blocks: ClassVar[int] = 1
+    smem_bytes: ClassVar[int] = 0
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        return 32 * self.num_warps
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return (
+            f"attention_backward_preprocess_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}"
+            f"_x{self.semaphores}_{self.copy}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardConvertConfig(Config):
+    """``backward_convert.cuh``."""
+
+    mma: str
+    copy: str
+    head_dim: int
+    block_m: int
+    num_warps: int
+    dq_warps_m: int
+    reduce_width: int
+
+    header: ClassVar[str] = "backward_convert.cuh"
+    function: ClassVar[str] = "backward_convert"
+    params: ClassVar[str] = "BackwardParams"
+    min_blocks: ClassVar[int] = 1
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        return 32 * self.num_warps
+
+    @property
+    def smem_bytes(self) -> int:  # type: ignore[override]
+        return self.block_m * self.head_dim * _elem_bytes(self.mma)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return (
+            f"attention_backward_convert_{self.mma}_d{self.head_dim}_m{self.block_m}_w{self.num_warps}"
+            f"_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardSimtConfig(Config):
+    """``forward_simt.cuh``."""
+
+    dtype: str
+    block_m: int
+    block_n: int
+    columns: int
+    num_warps: int
+    min_blocks: int = 1
+
+    header: ClassVar[str] = "forward_simt.cuh"
+    function: ClassVar[str] = "forward_simt"
+    params: ClassVar[str] = "ForwardParams"
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        return 32 * self.num_warps
+
+    @property
+    def smem_bytes(self) -> int:  # type: ignore[override]
+        return _block_gemm_bytes(self.dtype, self.block_m, self.block_n, self.columns)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"attention_forward_simt_{self.dtype}_m{self.block_m}_n{self.block_n}_c{self.columns}_w{self.num_warps}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardSimtConfig(Config):
+    """``backward_simt.cuh``: one of its three kernels, which run in the order delta, dkdv, dq."""
+
+    step: str
+    dtype: str
+    block_m: int
+    block_n: int
+    columns: int
+    num_warps: int
+    min_blocks: int = 1
+
+    header: ClassVar[str] = "backward_simt.cuh"
+    function: ClassVar[str] = "backward_simt"
+    params: ClassVar[str] = "BackwardParams"
+
+    @property
+    def threads(self) -> int:  # type: ignore[override]
+        return 32 * self.num_warps
+
+    @property
+    def smem_bytes(self) -> int:  # type: ignore[override]
+        if self.step == "delta":
+            return 0
+        rows, cols = (self.block_m, self.block_n) if self.step == "dq" else (self.block_n, self.block_m)
+        return _block_gemm_bytes(self.dtype, rows, cols, self.columns)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        tile = "" if self.step == "delta" else f"_m{self.block_m}_n{self.block_n}_c{self.columns}"
+        return f"attention_backward_simt_{self.step}_{self.dtype}{tile}_w{self.num_warps}"
+
+
+def feasible(config: Config, arch: int) -> bool:
+    """Whether a block of `config` fits the shared memory of `arch`, `min_blocks` times."""
+    per_sm = smem_limit(arch) + 1024
+    return config.smem_bytes <= smem_limit(arch) and config.min_blocks * (config.smem_bytes + 1024) <= per_sm
+
+
+# Forward tiles: block_m, block_n, num_warps, min_blocks by head_dim. The rows for 160 KB of shared memory and
+# more are measured on an H200 (bench/README.md has the ladder); the others follow from them by arithmetic:
+# two blocks of four warps or one of eight per multiprocessor.
+_Rows = dict[int, tuple[int, int, int, int]]
+_FORWARD_16BIT: _Rows = {
+    32: (128, 128, 4, 2),
+    64: (128, 96, 4, 2),
+    96: (128, 64, 4, 2),
+    128: (128, 48, 4, 2),
+    192: (128, 64, 8, 1),
+    256: (64, 32, 4, 2),
+}
+_FORWARD_32BIT: _Rows = {
+    32: (128, 32, 4, 2),
+    64: (128, 32, 4, 2),
+    96: (64, 32, 4, 2),
+    128: (64, 32, 4, 2),
+    192: (64, 16, 4, 1),
+    256: (64, 16, 4, 1),
+}
+_FORWARD_16BIT_100KB: _Rows = {
+    32: (128, 128, 4, 2),
+    64: (128, 64, 4, 2),
+    96: (128, 32, 4, 2),
+    128: (128, 32, 8, 1),
+    192: (128, 32, 8, 1),
+    256: (64, 32, 4, 1),
+}
+_FORWARD_32BIT_100KB: _Rows = {
+    32: (128, 32, 4, 2),
+    64: (128, 32, 8, 1),
+    96: (64, 32, 4, 1),
+    128: (64, 32, 4, 1),
+    192: (64, 16, 4, 1),
+    256: (32, 16, 2, 1),
+}
+_FORWARD_TURING: _Rows = {
+    32: (128, 64, 4, 1),
+    64: (128, 64, 4, 1),
+    96: (128, 32, 8, 1),
+    128: (128, 32, 8, 1),
+    192: (64, 16, 4, 1),
+    256: (64, 16, 4, 1),
+}
+
+
+def mma_of(dtype: str, precision: str, arch: int) -> str | None:
+    """Tensor-core arithmetic for a dtype on an architecture; None where only the SIMT kernels compute."""
+    if dtype == "float16":
+        return "f16" if arch >= 80 else "f16_turing"
+    if dtype == "bfloat16":
+        return "bf16" if arch >= 80 else None
+    if dtype == "float32" and arch >= 80:
+        return "tf32" if precision == "tf32" else "tf32x3"
+    return None
+
+
+def _copy(arch: int, vectorized: bool) -> str:
+    return "element" if not vectorized else "async" if arch >= 80 else "vector"
+
+
+def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vectorized: bool) -> ForwardMmaConfig:
+    """The row of the table for one architecture; `head_dim`s are padded ones."""
+    if arch < 80:
+        table = _FORWARD_TURING
+    elif smem_limit(arch) < 160 * 1024:
+        table = _FORWARD_32BIT_100KB if mma.startswith("tf32") else _FORWARD_16BIT_100KB
+    else:
+        table = _FORWARD_32BIT if mma.startswith("tf32") else _FORWARD_16BIT
+    block_m, block_n, num_warps, min_blocks = table[max(head_dim, head_dim_v)]
+    config = ForwardMmaConfig(
+        mma,
+        _copy(arch, vectorized),
+        head_dim,
+        head_dim_v,
+        block_m,
+        block_n,
+        num_warps,
+        min_blocks=min_blocks,
+        tuned=vectorized,
+    )
+    return config if feasible(config, arch) else replace(config, min_blocks=1)
+
+
+# Backward tiles: block_m, block_n, num_warps, num_stages, dq_warps_m, min_blocks by head_dim, for the shared
+# memory of a class of architectures in KB; 227 is measured on an H200.
+_BackwardRows = dict[int, tuple[int, int, int, int, int, int]]
+_BACKWARD_16BIT: dict[int, _BackwardRows] = {
+    227: {
+        32: (64, 64, 4, 2, 2, 4),
+        64: (64, 64, 4, 2, 2, 3),
+        96: (64, 128, 8, 2, 4, 1),
+        128: (64, 128, 8, 2, 2, 1),
+        192: (32, 64, 4, 2, 2, 1),
+        256: (32, 64, 8, 2, 2, 1),
+    },
+    163: {
+        32: (64, 64, 4, 2, 2, 3),
+        64: (64, 64, 4, 2, 2, 2),
+        96: (64, 128, 8, 2, 4, 1),
+        128: (64, 128, 8, 1, 2, 1),
+        192: (64, 64, 8, 1, 2, 1),
+        256: (32, 64, 8, 2, 2, 1),
+    },
+    99: {
+        32: (64, 128, 8, 2, 4, 1),
+        64: (64, 128, 8, 1, 4, 1),
+        96: (64, 64, 4, 2, 2, 1),
+        128: (32, 128, 8, 1, 2, 1),
+        192: (32, 64, 8, 1, 2, 1),
+        256: (32, 32, 4, 1, 2, 1),
+    },
+    64: {
+        32: (64, 128, 8, 1, 4, 1),
+        64: (32, 128, 8, 1, 2, 1),
+        96: (32, 64, 4, 1, 2, 1),
+        128: (32, 64, 8, 1, 2, 1),
+        192: (32, 32, 4, 1, 2, 1),
+        256: (32, 16, 2, 1, 2, 1),
+    },
+}
+_BACKWARD_32BIT: dict[int, _BackwardRows] = {
+    227: {
+        32: (32, 64, 4, 2, 2, 2),
+        64: (32, 64, 4, 2, 2, 2),
+        96: (64, 64, 8, 2, 4, 1),
+        128: (32, 64, 8, 2, 2, 1),
+        192: (16, 32, 4, 2, 1, 1),
+        256: (16, 64, 8, 2, 1, 1),
+    },
+    163: {
+        32: (64, 64, 8, 2, 4, 1),
+        64: (64, 64, 8, 1, 4, 1),
+        96: (64, 64, 8, 1, 4, 1),
+        128: (32, 64, 8, 2, 2, 1),
+        192: (32, 64, 8, 1, 2, 1),
+        256: (16, 32, 4, 2, 1, 1),
+    },
+    99: {
+        32: (64, 64, 8, 2, 4, 1),
+        64: (32, 64, 8, 2, 2, 1),
+        96: (32, 32, 4, 2, 2, 1),
+        128: (16, 64, 8, 1, 1, 1),
+        192: (16, 32, 4, 1, 1, 1),
+        256: (16, 16, 2, 1, 1, 1),
+    },
+}
+
+
+# Waiting for a turn takes registers: rows that are too tight for it, by shared memory and head_dim.
+_BACKWARD_DETERMINISTIC = {
+    (227, 32): (64, 64, 4, 2, 2, 3),
+    (227, 64): (64, 64, 4, 2, 2, 2),
+    (227, 192): (64, 64, 8, 2, 2, 1),
+}
+
+
+# Rows that are not worth more than being right: no tile of that size fits without spilling registers.
+_BACKWARD_TIGHT = {(64, 256)}
+
+
+def _smem_class(arch: int) -> int:
+    """The column of the tables that serves an architecture: the largest that fits its shared memory."""
+    return max(size for size in _BACKWARD_16BIT if size * 1024 <= smem_limit(arch))
+
+
+def backward_mma_config(
+    mma: str, arch: int, head_dim: int, head_dim_v: int, vectorized: bool, deterministic: bool
+) -> BackwardMmaConfig:
+    """The row of the table for one architecture; `head_dim`s are padded ones."""
+    size, dim = _smem_class(arch), max(head_dim, head_dim_v)
+    if mma.startswith("tf32"):
+        row = _BACKWARD_32BIT[size][dim]
+    else:
+        row = _BACKWARD_16BIT[size][dim]
+        if deterministic:
+            row = _BACKWARD_DETERMINISTIC.get((size, dim), row)
+    block_m, block_n, num_warps, num_stages, dq_warps_m, min_blocks = row
+    # dQ has head_dim columns alone: where they are few, more warps have to go along its rows.
+    while head_dim % (16 * (num_warps // dq_warps_m)) != 0:
+        dq_warps_m *= 2
+    return BackwardMmaConfig(
+        mma,
+        _copy(arch, vectorized),
+        head_dim,
+        head_dim_v,
+        block_m,
+        block_n,
+        num_warps,
+        num_stages,
+        dq_warps_m,
+        4 if arch >= 90 else 1,
+        min_blocks,
+        deterministic,
+        tuned=vectorized and (size, dim) not in _BACKWARD_TIGHT,
+    )
+
+
+def backward_companions(main: BackwardMmaConfig) -> tuple[BackwardPreprocessConfig, BackwardConvertConfig]:
+    """The kernels before and after the main one, which share its tiles."""
+    preprocess = BackwardPreprocessConfig(
+        main.mma,
+        main.copy,
+        main.head_dim,
+        main.head_dim_v,
+        main.block_m,
+        4,
+        main.num_warps if main.deterministic else 0,
+    )
+    convert = BackwardConvertConfig(
+        main.mma, main.copy, main.head_dim, main.block_m, main.num_warps, main.dq_warps_m, main.reduce_width
+    )
+    return preprocess, convert
+
+
+# A block of 16 threads per row: 64 rows by 8 warps, or 32 rows by 4 warps where a number takes two registers.
+# `columns` is how much of an output row stays in registers, in multiples of 64. Beyond it the scores are computed
+# again per chunk; below it, work would go into columns that do not exist.
+
+
+def _columns(dim: int, most: int) -> int:
+    return next((c for c in (64, 128, 256) if c >= min(dim, most)), most)
+
+
+def forward_simt_config(dtype: str, head_dim_v: int) -> ForwardSimtConfig:
+    """Two kernels for float64 (64, 128 columns), three for the others (64, 128, 256)."""
+    if dtype == "float64":
+        return ForwardSimtConfig(dtype, 32, 64, _columns(head_dim_v, 128), 4, min_blocks=2)
+    columns = _columns(head_dim_v, 256)
+    return ForwardSimtConfig(dtype, 64, 64, columns, 8, min_blocks=1 if columns == 256 else 2)
+
+
+def backward_simt_configs(dtype: str, head_dim: int, head_dim_v: int) -> tuple[BackwardSimtConfig, ...]:
+    """The three launches, in their order."""
+    rows, warps, float64 = (32, 4, True) if dtype == "float64" else (64, 8, False)
+    dkdv = _columns(max(head_dim, head_dim_v), 128)
+    dq = _columns(head_dim, 128 if float64 else 256)
+    return (
+        BackwardSimtConfig("delta", dtype, 64, 64, 64, 8),  # only the warps matter: one row each
+        BackwardSimtConfig("dkdv", dtype, 64, rows, dkdv, warps, 2 if float64 or dkdv == 64 else 1),
+        BackwardSimtConfig("dq", dtype, rows, 64, dq, warps, 2 if float64 or dq < 256 else 1),
+    )
+
+
+def all_configs(arch: int) -> list[Config]:
+    """Every configuration that the planner may choose on an architecture."""
+    return list(dict.fromkeys(_all_configs(arch)))
+
+
+def _all_configs(arch: int) -> Iterator[Config]:
+    for dtype in ITEMSIZE:
+        if dtype == "bfloat16" and arch < 80:
+            continue
+        for dim in (64, 128, 256):
+            yield forward_simt_config(dtype, dim)
+            yield from backward_simt_configs(dtype, dim, dim)
+        for precision in ("ieee", "tf32") if dtype == "float32" else ("ieee",):
+            mma = mma_of(dtype, precision, arch)
+            if mma is None:
+                continue
+            for head_dim, head_dim_v in HEAD_DIM_PAIRS:
+                for vectorized in (True, False):
+                    yield forward_mma_config(mma, arch, head_dim, head_dim_v, vectorized)
+                    for deterministic in (False, True):
+                        main = backward_mma_config(mma, arch, head_dim, head_dim_v, vectorized, deterministic)
+                        yield main
+                        yield from backward_companions(main)

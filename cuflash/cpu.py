@@ -1,0 +1,627 @@
+"""Attention on the CPU in NumPy: tiled, threaded, forward and backward, with memory linear in the lengths.
+
+The method is that of the kernels: a tile of queries meets one block of keys after the other; the scores
+of a block become weights ``2 ** (score * log2(e) - shift)``, and what was summed so far is rescaled
+whenever the shift grows. Blocks that the band hides are skipped, and only blocks on its edge are masked.
+
+What makes it fast here:
+
+* Every product is a BLAS call on tiles that stay in the level-2 cache. One Python thread per core works
+  on tiles of its own, with BLAS itself held to one thread.
+* Where the norms of queries and keys bound the scores of a tile (Cauchy-Schwarz) so tightly that
+  ``2 ** score`` neither overflows nor vanishes, there is no shift: no maximum, no rescaling.
+* The forward keeps scores as (keys, queries), so that its reductions over keys run along memory rows.
+* The backward recomputes weights from the LSE. The LSE, and ``delta = sum(d_out * out)``, ride along as one
+  more column of the products instead of taking a pass over the tile each.
+
+One thread computes an element of a result, in an order that depends on shapes alone: results are
+bitwise the same for any number of threads, and those of the forward for any batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import importlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.linalg._umath_linalg
+
+from . import environment
+from .scores import Band
+
+Array = np.ndarray
+
+#: Rows of a tile (queries times the query heads that share a key head), and keys of a block: their scores, or in the
+#: backward their weights and half as many keys, leave room for operands in a level-2 cache of 1 MiB.
+BLOCK_M, BLOCK_N = 384, 512
+#: Keys (forward) or rows (backward) of a block on the edge of the band: few, since half of it is wasted.
+EDGE = 128
+#: Key heads share a task until it has this many scores, so that short sequences need fewer NumPy calls.
+SMALL_TASK = BLOCK_M * BLOCK_N // 4
+#: Products are cut into so many rows and columns for head dims up to the third number: OpenBLAS multiplies matrices
+#: with less than a million multiply-adds where they lie, larger ones it copies. Wide heads are worth that copy.
+CUT_M, CUT_N, CUT_DIM = 64, 128, 65
+#: Largest |score|, in base 2, for which weights need no shift.
+MAX_UNSHIFTED = 30.0
+#: Rows per key head from which on reading all keys once more, to bound the scores, is cheap.
+MIN_ROWS_TO_BOUND = 64
+#: The backward splits the keys of a head until there are so many tasks, or parts, or parts get so short.
+MIN_TASKS, MAX_PARTS, MIN_PART = 16, 8, 1024
+
+#: Bytes of a cache line, and of the widest vector register.
+ALIGNMENT = 64
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+
+
+def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band: Band, scale: float) -> None:
+    """Write ``softmax(scale * q @ k.T, over visible keys) @ v`` to ``out`` and its natural-log LSE to ``lse``.
+
+    Parameters
+    ----------
+    q, k, v : arrays (batch, heads, seqlen, dim)
+        float16, bfloat16, float32 or float64, with any strides. ``k`` and ``v`` may have fewer heads (GQA).
+    out : array (batch, num_heads, seqlen_q, head_dim_v), written
+    lse : array (batch, num_heads, seqlen_q) or None, written
+    band : Band
+        The visible pairs. A query that sees no key has out 0 and LSE -inf.
+    scale : float
+        Factor of the scores.
+    """
+    batch, num_heads, seqlen_q, _ = out.shape
+    heads_kv, seqlen_k = k.shape[1:3]
+    if batch * num_heads * seqlen_q == 0:
+        return
+    lse = np.empty(out.shape[:3], _compute_dtype(q)) if lse is None else lse
+    q, out, lse = (_grouped(x, heads_kv) for x in (q, out, lse))
+    group = q.shape[2]
+    group_step = min(group, BLOCK_M)
+    q_step = min(BLOCK_M // group_step, seqlen_q)
+    norms = _key_norms(k) if seqlen_q * group >= MIN_ROWS_TO_BOUND else np.full((batch, heads_kv), np.inf)
+
+    # The tiles with the most keys come first, so that no long one is left for the end.
+    tiles = [slice(start, min(start + q_step, seqlen_q)) for start in range(0, seqlen_q, q_step)]
+    tiles.sort(key=lambda tile: np.subtract(*band.key_range(tile.start, tile.stop, seqlen_k)))
+    _run(
+        [
+            functools.partial(
+                _forward_tile,
+                q[b, heads, members, tile],
+                k[b, heads],
+                v[b, heads],
+                out[b, heads, members, tile],
+                lse[b, heads, members, tile],
+                _moved(band, tile.start),
+                scale,
+                float(norms[b, heads].max()),
+            )
+            for tile in tiles
+            for b in range(batch)
+            for heads in _slices(heads_kv, _heads_per_task(q_step * group_step, seqlen_k))
+            for members in _slices(group, group_step)
+        ]
+    )
+
+
+def backward(
+    d_out: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    d_lse: Array | None,
+    d_q: Array,
+    d_k: Array,
+    d_v: Array,
+    *,
+    band: Band,
+    scale: float,
+) -> None:
+    """Write the gradients of ``forward`` to ``d_q``, ``d_k`` and ``d_v``, all elements of them.
+
+    Parameters
+    ----------
+    d_out : array like ``out``
+        Gradient of the loss by ``out``.
+    q, k, v, out, lse : arrays
+        Inputs and results of ``forward``.
+    d_lse : array like ``lse``, or None for zeros
+        Gradient of the loss by ``lse``.
+    d_q, d_k, d_v : arrays with the shapes of ``q``, ``k``, ``v``, written
+        ``d_k`` and ``d_v`` are sums over the query heads that share a key head.
+    band, scale
+        As in ``forward``.
+    """
+    batch, heads_kv, seqlen_k, _ = k.shape
+    if q.size == 0 or k.size == 0:
+        for gradient in (d_q, d_k, d_v):
+            gradient[...] = 0
+        return
+    rows = (d_out, q, out, lse) if d_lse is None else (d_out, q, out, lse, d_lse)
+    rows = tuple(_grouped(x, heads_kv) for x in rows)
+    d_q = _grouped(d_q, heads_kv)
+    heads_step = _heads_per_task(d_q.shape[2] * d_q.shape[3], seqlen_k)
+    num_parts = min(-(-MIN_TASKS // (batch * heads_kv)), MAX_PARTS, max(seqlen_k // MIN_PART, 1))
+    part_step = BLOCK_N * -(-seqlen_k // (BLOCK_N * num_parts))
+    parts = list(_slices(seqlen_k, part_step))
+
+    def task(b: int, heads: slice, part: slice, d_q_sum: _SumInOrder) -> None:
+        queries = slice(*band.query_range(part.start, part.stop, q.shape[2]))
+        d_q_part = _backward_part(
+            *(x[b, heads, :, queries] for x in rows[:4]),
+            rows[4][b, heads, :, queries] if d_lse is not None else None,
+            k[b, heads, part],
+            v[b, heads, part],
+            d_k[b, heads, part],
+            d_v[b, heads, part],
+            _moved(band, queries.start - part.start),
+            scale,
+        )
+        d_q_sum.add(part.start, queries, d_q_part)
+
+    tasks = []
+    for b in range(batch):
+        for heads in _slices(heads_kv, heads_step):
+            d_q_sum = _SumInOrder(d_q[b, heads], len(parts))
+            tasks += [functools.partial(task, b, heads, part, d_q_sum) for part in parts]
+    _run(tasks)
+
+
+def _forward_tile(
+    q: Array, k: Array, v: Array, out: Array, lse: Array, band: Band, scale: float, key_norm: float
+) -> None:
+    """Forward of one tile: q and out (heads_kv, group, queries, dim), k and v (heads_kv, keys, dim)."""
+    heads, group, num_queries, head_dim = q.shape
+    dtype = _compute_dtype(q)
+    # Rows are (query, member of the group), so that a range of queries is a range of rows.
+    rows = num_queries * group
+    q_t = _aligned((heads, head_dim, num_queries, group), dtype)
+    np.multiply(q.transpose(0, 3, 2, 1), scale * LOG2_E, out=q_t, dtype=dtype)
+    q_t = q_t.reshape(heads, head_dim, rows)
+    acc = np.empty((heads, rows, v.shape[2]), dtype)
+    row_max = np.empty((heads, rows), dtype)
+    row_sum = np.empty((heads, rows), dtype)
+    num_scores = heads * rows * min(BLOCK_N, k.shape[1])
+    memory = _aligned((num_scores,), dtype)
+    products_memory = _aligned((max(num_scores // CUT_N, heads * rows) * v.shape[2],), dtype)
+    ones = np.ones((1, BLOCK_N), dtype)
+    smallest = _smallest_exponent(dtype)
+
+    @functools.cache
+    def block(num_keys: int, start: int, stop: int) -> tuple[Array, _ScoreProduct, _WeightedSum]:
+        shape = (heads, num_keys, stop - start)
+        weights = memory[: math.prod(shape)].reshape(shape)
+        return (
+            weights,
+            _ScoreProduct(q_t[:, :, start:stop], weights),
+            _WeightedSum(weights, v.shape[2], products_memory),
+        )
+
+    def attend(shifted: bool) -> None:
+        acc.fill(0)
+        row_sum.fill(0)
+        row_max.fill(-np.inf if shifted else 0)
+        for keys, queries, hidden in _key_blocks(band, num_queries, group, k.shape[1]):
+            cut = slice(queries.start * group, queries.stop * group)
+            weights, compute_scores, add_weighted = block(keys.stop - keys.start, cut.start, cut.stop)
+            compute_scores(np.ascontiguousarray(k[:, keys], dtype))
+            if shifted:
+                if hidden is not None:
+                    np.copyto(weights, -np.inf, where=hidden)
+                new_max = np.maximum(row_max[:, cut], weights.max(axis=1))
+                shift = np.where(new_max == -np.inf, 0, new_max)
+                rescale = np.exp2(row_max[:, cut] - shift)
+                row_max[:, cut] = new_max
+                row_sum[:, cut] *= rescale
+                acc[:, cut] *= rescale[:, :, None]
+                weights -= shift[:, None, :]
+                if not 2 * max_score < -smallest:
+                    np.maximum(weights, smallest, out=weights)
+            np.exp2(weights, out=weights)
+            if hidden is not None:
+                np.copyto(weights, 0, where=hidden)
+            # A product with ones is twice as fast as a sum along the first axis.
+            row_sum[:, cut] += (ones[:, : weights.shape[1]] @ weights)[:, 0]
+            add_weighted(np.ascontiguousarray(v[:, keys], dtype), acc[:, cut], hidden)
+
+    max_score = key_norm * math.sqrt(np.square(q_t).sum(axis=1).max())  # not a number where an input is not
+    bounded = max_score <= MAX_UNSHIFTED
+    attend(shifted=not bounded)
+    if bounded and not np.isfinite(acc).all():
+        attend(shifted=True)  # values so large that their unshifted sum overflows, or that are not finite
+
+    acc /= np.where(row_sum == 0, 1, row_sum)[:, :, None]
+    out[...] = acc.reshape(heads, num_queries, group, -1).swapaxes(1, 2)
+    lse[...] = (LN_2 * (row_max + np.log2(row_sum))).reshape(heads, num_queries, group).swapaxes(1, 2)
+
+
+def _backward_part(
+    d_out: Array,
+    q: Array,
+    out: Array,
+    lse: Array,
+    d_lse: Array | None,
+    k: Array,
+    v: Array,
+    d_k: Array,
+    d_v: Array,
+    band: Band,
+    scale: float,
+) -> Array:
+    """Write d_k and d_v of some keys, (heads_kv, keys, dim); return their part of d_q.
+
+    What belongs to queries is (heads_kv, group, queries, ...), the returned part (heads_kv, queries, group, dim).
+    """
+    heads, group, num_queries, head_dim = q.shape
+    num_keys, head_dim_v = v.shape[1:]
+    dtype = _compute_dtype(q)
+    rows = num_queries * group
+
+    # [q * scale | -lse] and [d_out | -delta]; their products with [k | 1] and [v | 1] are exponents and d_scores.
+    q_lse = _aligned((heads, num_queries, group, _round_up(head_dim + 1)), dtype)[..., : head_dim + 1]
+    q_lse[..., :-1] = np.multiply(q.swapaxes(1, 2), scale * LOG2_E, dtype=dtype)
+    q_lse[..., -1] = np.where(lse == -np.inf, 0, lse * -LOG2_E).swapaxes(1, 2)
+    d_out_delta = _aligned((heads, num_queries, group, _round_up(head_dim_v + 1)), dtype)[..., : head_dim_v + 1]
+    d_out_delta[..., :-1] = d_out.swapaxes(1, 2)
+    delta = np.einsum("...d,...d->...", d_out_delta[..., :-1], out.swapaxes(1, 2).astype(dtype))
+    d_out_delta[..., -1] = -delta if d_lse is None else d_lse.swapaxes(1, 2) - delta
+    q_lse = q_lse.reshape(heads, rows, head_dim + 1)
+    d_out_delta = d_out_delta.reshape(heads, rows, head_dim_v + 1)
+    lowest, q_norm, smallest = q_lse[..., -1].min(initial=0), _largest_norm(q_lse[..., :-1]), _smallest_exponent(dtype)
+    d_q = np.zeros((heads, rows, head_dim), dtype)
+    block_n = min(BLOCK_N // 2, num_keys)
+    block_m = max(min(BLOCK_M, rows), group)
+    memory = _aligned((2, _round_up(heads * block_n * block_m)), dtype)
+    products_size = heads * max(block_m, block_n, block_m * block_n // CUT_N) * max(head_dim, head_dim_v)
+    products_memory = _aligned((products_size,), dtype)
+
+    for keys in _slices(num_keys, BLOCK_N // 2):
+        k_block = _tile(k[:, keys], dtype)
+        k_norm = _largest_norm(k_block)
+        k_ones_t = _transposed_with_ones(k_block)
+        v_ones_t = _transposed_with_ones(_tile(v[:, keys], dtype))
+        d_k_block = np.zeros_like(k_block)
+        d_v_block = np.zeros((heads, k_block.shape[1], head_dim_v), dtype)
+
+        @functools.cache
+        def block(
+            num_rows: int, start: int, stop: int
+        ) -> tuple[Array, Array, _ScoreProduct, _ScoreProduct, _WeightedSum, _WeightedSum, _WeightedSum]:
+            shape = (heads, num_rows, stop - start)
+            weights, d_scores = (x[: math.prod(shape)].reshape(shape) for x in memory)
+            return (
+                weights,
+                d_scores,
+                _ScoreProduct(k_ones_t[:, :, start:stop], weights),
+                _ScoreProduct(v_ones_t[:, :, start:stop], d_scores),
+                _WeightedSum(weights, head_dim_v, products_memory),
+                _WeightedSum(d_scores, head_dim, products_memory),
+                _WeightedSum(d_scores.swapaxes(1, 2), head_dim, products_memory),
+            )
+
+        for queries, cut, hidden in _query_blocks(_moved(band, -keys.start), num_queries, group, k_block.shape[1]):
+            chosen = slice(queries.start * group, queries.stop * group)
+            weights, d_scores, compute_exponents, compute_d_weights, add_d_v, add_d_k, add_d_q = block(
+                chosen.stop - chosen.start, cut.start, cut.stop
+            )
+            compute_exponents(q_lse[:, chosen])
+            if not lowest - q_norm * k_norm > smallest:
+                np.maximum(weights, smallest, out=weights)
+            np.exp2(weights, out=weights)
+            compute_d_weights(d_out_delta[:, chosen])
+            d_scores *= weights
+            if hidden is not None:
+                np.copyto(weights, 0, where=hidden)
+                np.copyto(d_scores, 0, where=hidden)
+            add_d_v(d_out_delta[:, chosen, :-1], d_v_block[:, cut], hidden)
+            add_d_k(q_lse[:, chosen, :-1], d_k_block[:, cut], hidden)
+            add_d_q(k_block[:, cut], d_q[:, chosen], None if hidden is None else hidden.T)
+        d_k[:, keys] = d_k_block * LN_2  # q came with scale * log2(e), of which only the scale belongs here
+        d_v[:, keys] = d_v_block
+    d_q *= scale
+    return d_q.reshape(heads, num_queries, group, head_dim)
+
+
+class _SumInOrder:
+    """Sum of parts that come in any order: the last one to arrive adds them up in the order of their keys."""
+
+    def __init__(self, target: Array, num_parts: int) -> None:
+        self.target = target
+        self.missing = num_parts
+        self.parts: dict[int, tuple[slice, Array]] = {}
+        self.lock = threading.Lock()
+
+    def add(self, key: int, queries: slice, part: Array) -> None:
+        """Take the part of some ``queries``, (heads_kv, queries, group, dim)."""
+        with self.lock:
+            self.parts[key] = queries, part
+            self.missing -= 1
+            if self.missing:
+                return
+        heads, group, num_queries, dim = self.target.shape
+        total = np.zeros((heads, num_queries, group, dim), part.dtype)
+        for _, (where, summand) in sorted(self.parts.items()):
+            total[:, where] += summand
+        self.target[...] = total.swapaxes(1, 2)
+
+
+def _key_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> Iterator[tuple[slice, slice, Array | None]]:
+    """Blocks of visible keys, the queries that see some of them, and what is hidden as (keys, rows), if anything."""
+    start, stop = band.key_range(0, num_queries, num_keys)
+    while start < stop:
+        for width in (BLOCK_N, BLOCK_N // 2, EDGE):
+            end = min(start + width, stop)
+            if band.is_full(0, num_queries, start, end):
+                yield slice(start, end), slice(0, num_queries), None
+                break
+        else:
+            queries = slice(*band.query_range(start, end, num_queries))
+            count = queries.stop - queries.start
+            if count:
+                hidden = _hidden(_moved(band, queries.start - start), count, group, end - start)
+                yield slice(start, end), queries, hidden[1]
+        start = end
+
+
+def _query_blocks(
+    band: Band, num_queries: int, group: int, num_keys: int
+) -> Iterator[tuple[slice, slice, Array | None]]:
+    """Blocks of queries, the keys that some of them see, and what is hidden as (rows, keys), if anything."""
+    start, stop = band.query_range(0, num_keys, num_queries)
+    while start < stop:
+        for height in (BLOCK_M, EDGE):
+            end = min(start + max(height // group, 1), stop)
+            if band.is_full(start, end, 0, num_keys):
+                yield slice(start, end), slice(0, num_keys), None
+                break
+        else:
+            keys = slice(*band.key_range(start, end, num_keys))
+            count = keys.stop - keys.start
+            if count:
+                hidden = _hidden(_moved(band, start - keys.start), end - start, group, count)
+                yield slice(start, end), keys, hidden[0]
+        start = end
+
+
+@functools.lru_cache(maxsize=64)
+def _hidden(band: Band, num_queries: int, group: int, num_keys: int) -> tuple[Array, Array]:
+    """Which pairs of a block on the edge of the band are hidden, as (rows, keys) and as (keys, rows).
+
+    Few different blocks lie along a diagonal, so they are kept.
+    """
+    q_idx = np.repeat(np.arange(num_queries), group)
+    hidden = ~band.visible(q_idx[:, None], np.arange(num_keys)[None, :])
+    return hidden, np.ascontiguousarray(hidden.T)
+
+
+class _ScoreProduct:
+    """``out = a @ b`` per head, with sums over a head dim; prepared for many ``a``."""
+
+    def __init__(self, b: Array, out: Array) -> None:
+        heads, dim, n = b.shape
+        m = out.shape[1]
+        if dim > CUT_DIM or m % CUT_M or n % CUT_N:
+            self.a_shape, self.b, self.out = (heads, m, dim), b, out
+        else:
+            self.a_shape = heads, m // CUT_M, 1, CUT_M, dim
+            self.b = b.reshape(heads, 1, dim, n // CUT_N, CUT_N).swapaxes(2, 3)
+            self.out = out.reshape(heads, m // CUT_M, CUT_M, n // CUT_N, CUT_N).swapaxes(2, 3)
+
+    def __call__(self, a: Array) -> None:
+        np.matmul(a.reshape(self.a_shape), self.b, out=self.out)
+
+
+class _WeightedSum:
+    """``total += weights.T @ rows`` per head, with sums over a block of keys or of rows; prepared for many ``rows``."""
+
+    def __init__(self, weights: Array, dim: int, memory: Array) -> None:
+        heads, n, m = weights.shape
+        self.weights = weights
+        if dim > CUT_DIM or m % CUT_M or n % CUT_N:
+            self.rows_shape = heads, 1, 1, n, dim
+            self.weights_t = weights.reshape(heads, 1, n, 1, m).transpose(0, 1, 3, 4, 2)
+        else:
+            self.rows_shape = heads, n // CUT_N, 1, CUT_N, dim
+            self.weights_t = weights.reshape(heads, n // CUT_N, CUT_N, m // CUT_M, CUT_M).transpose(0, 1, 3, 4, 2)
+        shape = (*self.weights_t.shape[:-1], dim)
+        self.products = memory[: math.prod(shape)].reshape(shape)
+        self.summands = list(self.products.reshape(heads, -1, m, dim).swapaxes(0, 1))
+
+    def __call__(self, rows: Array, total: Array, hidden: Array | None) -> None:
+        """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan)."""
+        if hidden is not None and not (finite := np.isfinite(rows).all(axis=2)).all():
+            for head, i in np.argwhere(~finite):
+                seen = ~hidden[i]
+                total[head, seen] += self.weights[head, i, seen, None] * rows[head, i]
+            rows = np.where(finite[:, :, None], rows, 0)
+        np.matmul(self.weights_t, rows.reshape(self.rows_shape), out=self.products)
+        for summand in self.summands:
+            total += summand
+
+
+def _transposed_with_ones(x: Array) -> Array:
+    """``[x | 1].T`` per head; rows at a distance that is no power of two do not compete for the same cache lines."""
+    heads, length, dim = x.shape
+    result = _aligned((heads, dim + 1, _round_up(length + 1)), x.dtype)[:, :, :length]
+    result[:, :-1] = x.swapaxes(1, 2)
+    result[:, -1] = 1
+    return result
+
+
+def _smallest_exponent(dtype: np.dtype) -> float:
+    """Exponent of the smallest normal number: ``exp2`` takes thirty times longer on what is below."""
+    return float(np.finfo(dtype).minexp)
+
+
+def _largest_norm(x: Array) -> float:
+    """Largest Euclidean norm along the last axis; nan if there is one."""
+    return math.sqrt(np.einsum("...d,...d->...", x, x).max(initial=0))
+
+
+def _key_norms(k: Array) -> Array:
+    """Largest norm of a key, per (batch, head)."""
+    batch, heads, seqlen, _ = k.shape
+    norms = np.zeros((batch, heads))
+
+    def task(b: int, head: int) -> None:
+        blocks = (_tile(k[b, head, keys], _compute_dtype(k)) for keys in _slices(seqlen, BLOCK_N))
+        norms[b, head] = np.max([_largest_norm(block) for block in blocks], initial=0)
+
+    _run([functools.partial(task, b, head) for b in range(batch) for head in range(heads)])
+    return norms
+
+
+def _compute_dtype(x: Array) -> np.dtype:
+    """Dtype of products, sums and softmax."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+def _tile(x: Array, dtype: np.dtype) -> Array:
+    """``x`` as products want it, contiguous and aligned: itself if possible."""
+    if x.dtype == dtype and x.flags.c_contiguous and x.ctypes.data % ALIGNMENT == 0:
+        return x
+    tile = _aligned(x.shape, dtype)
+    tile[...] = x
+    return tile
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Uninitialised array on a cache line: NumPy's own start anywhere, and wide loads that cross lines are slow."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _round_up(length: int) -> int:
+    """Next length of a row after which the next row is aligned, too."""
+    return -(-length // 16) * 16
+
+
+def _grouped(x: Array, heads_kv: int) -> Array:
+    """View (batch, heads, ...) as (batch, heads_kv, group, ...); splitting an axis never copies."""
+    return x.reshape(x.shape[0], heads_kv, x.shape[1] // heads_kv, *x.shape[2:])
+
+
+def _moved(band: Band, by: int) -> Band:
+    """The band as seen from query ``i`` and key ``j`` with ``i - j == by``, counted from 0 again."""
+    return Band(*(None if bound is None else bound + by for bound in (band.lower, band.upper)))
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _heads_per_task(rows: int, seqlen_k: int) -> int:
+    return max(SMALL_TASK // max(min(rows, BLOCK_M) * min(seqlen_k, BLOCK_N), 1), 1)
+
+
+def _run(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run independent tasks, on as many threads as there are cores to use."""
+    num_threads = min(environment.num_threads() or _usable_cores(), len(tasks))
+    queue = collections.deque(tasks)
+
+    def work() -> None:
+        # Scores that overflow, and what is computed of hidden pairs, are no news. The setting is each thread's own.
+        with np.errstate(all="ignore"):
+            try:
+                while queue:
+                    queue.popleft()()
+            except IndexError:
+                pass  # somebody else was faster
+            except BaseException:
+                queue.clear()
+                raise
+
+    with _single_threaded_blas():
+        helpers = [_executor(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+        try:
+            work()
+        finally:
+            wait(helpers)
+        for helper in helpers:
+            helper.result()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.lru_cache(maxsize=1)
+def _executor(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="cuflash")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_executor.cache_clear)  # threads do not survive a fork
+
+
+_blas_lock = threading.Lock()
+_blas_users = 0
+_blas_restore: Callable[[], None] = lambda: None
+
+
+@contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """Hold BLAS to the calling thread while anyone is inside: small products gain nothing from its own threads."""
+    global _blas_users, _blas_restore
+    with _blas_lock:
+        if _blas_users == 0:
+            _blas_restore = _limit_blas()
+        _blas_users += 1
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if _blas_users == 0:
+                _blas_restore()
+
+
+def _limit_blas() -> Callable[[], None]:
+    """Set BLAS to one thread; return what undoes that."""
+    if functions := _openblas_functions():
+        get_num_threads, set_num_threads = functions
+        before = get_num_threads()
+        set_num_threads(1)
+        return functools.partial(set_num_threads, before)
+    if controller := _threadpool_controller():
+        return controller.limit(limits=1, user_api="blas").restore_original_limits
+    return lambda: None
+
+
+@functools.lru_cache(maxsize=1)
+def _openblas_functions() -> tuple[Any, Any] | None:
+    """Functions ``get_num_threads`` and ``set_num_threads`` of the OpenBLAS that NumPy is linked with, if it is."""
+    library = ctypes.CDLL(numpy.linalg._umath_linalg.__file__)  # symbols are looked up in its dependencies, too
+    for name in (
+        "scipy_openblas_{}_num_threads64_",
+        "scipy_openblas_{}_num_threads",
+        "openblas_{}_num_threads64_",
+        "openblas_{}_num_threads",
+    ):
+        if hasattr(library, name.format("set")):
+            return getattr(library, name.format("get")), getattr(library, name.format("set"))
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _threadpool_controller() -> Any:
+    """threadpoolctl's controller, for other libraries than OpenBLAS, if it is installed."""
+    try:
+        return importlib.import_module("threadpoolctl").ThreadpoolController()
+    except ImportError:
+        return None

@@ -1,0 +1,675 @@
+"""The public functions: docstring, then normalise -> plan -> run.
+
+A call is prepared once per combination of shapes, strides, dtypes and options; the prepared call is
+kept in the framework's cache, so that a second call costs a look-up, an allocation and a launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy
+from numpy.lib.stride_tricks import as_strided
+
+from . import arguments, arrays, cpu
+from .arguments import Call, Options
+from .arrays import CPU, Framework
+
+#: Prepared calls kept per framework; all are dropped when there are more.
+MAX_PREPARED = 4096
+
+
+class Gradients(NamedTuple):
+    """Gradients by the operands of ``attention``; None for what the call did not have."""
+
+    d_q: Any
+    d_k: Any
+    d_v: Any
+    d_bias: Any = None
+    d_sinks: Any = None
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: None = None,
+    bias: None = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    softcap: None = None,
+    alibi_slopes: None = None,
+    sinks: None = None,
+    score_mod: None = None,
+    dropout_p: float = 0.0,
+    seed: None = None,
+    layout: str = "bhsd",
+    precision: str | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    out: Any = None,
+) -> Any:
+    r"""Exact softmax attention, without ever storing the (seqlen_q, seqlen_k) matrix.
+
+    For every head, with :math:`s_{ij} = \text{scale} \cdot q_i \cdot k_j` and the sums running over
+    the keys :math:`j` that query :math:`i` sees,
+
+    .. math:: \text{lse}_i = \ln \sum_j e^{s_{ij}}, \qquad \text{out}_i = \sum_j e^{s_{ij} - \text{lse}_i} \, v_j.
+
+    A query that sees no key gets out 0 and LSE -inf, and whatever keys and values that nobody sees
+    hold (NaN included) reaches no result.
+
+    Parameters
+    ----------
+    q : array, shape (..., heads, seqlen_q, head_dim)
+        Queries: float16, bfloat16, float32 or float64. NumPy, CuPy, PyTorch, JAX or any other array
+        that speaks DLPack, on the CPU or a CUDA device. Only the last axis has to be contiguous;
+        every other axis may have any stride. Two axes are one head without batch.
+    k : array, shape (..., heads_kv, seqlen_k, head_dim)
+        Keys; dtype, framework and device of `q`. ``heads`` must be a multiple of ``heads_kv``: query
+        head ``i`` reads key head ``i // (heads // heads_kv)`` (grouped-query attention). Axes before
+        the heads broadcast between `q`, `k` and `v`, without a copy.
+    v : array, shape (..., heads_kv, seqlen_k, head_dim_v)
+        Values; ``head_dim_v`` may differ from ``head_dim``.
+    mask, bias, softcap, alibi_slopes, sinks, score_mod, seed : None
+        Not implemented yet; anything but None raises NotImplementedError.
+    is_causal : bool, default False
+        Query ``i`` sees keys ``j <= i + q_offset`` only.
+    window : (int or None, int or None), optional
+        ``(left, right)``: query ``i`` sees keys ``i + q_offset - left <= j <= i + q_offset + right``
+        only, both bounds included; None leaves a side open. May be combined with `is_causal`.
+    q_offset : int, default ``seqlen_k - seqlen_q``
+        Position of query 0 among the keys, for `is_causal` and `window`. The default aligns the last
+        query with the last key; 0 aligns the first ones.
+    scale : float, default ``head_dim ** -0.5``
+        Factor of the products ``q_i . k_j``; any finite number.
+    dropout_p : float, default 0.0
+        Not implemented yet; anything but 0 raises NotImplementedError.
+    layout : {"bhsd", "bshd"}, default "bhsd"
+        Order of the axes. "bshd" takes (..., seqlen, heads, dim), at least three axes, and gives `out`
+        in that order as well, without transposing anything.
+    precision : {None, "ieee", "tf32"}, default None
+        None and "ieee" multiply float32 as float32. "tf32" permits a GPU to round float32 factors to
+        10 mantissa bits, which is faster; the CPU makes no use of the permission.
+    deterministic : bool, default False
+        Whether gradients are reproducible to the bit. The forward pass always is.
+    return_lse : bool, default False
+        Whether to return the LSE, too.
+    out : array, optional
+        Where to write the result: shape, dtype, framework and device of the result, any strides with
+        a contiguous last axis, not overlapping the inputs. It is returned itself.
+
+    Returns
+    -------
+    out : array, shape (..., heads, seqlen_q, head_dim_v), or (..., seqlen_q, heads, head_dim_v)
+        In C order, of the framework, device and dtype of the inputs. On a GPU it is computed on the
+        caller's current stream.
+    lse : array, shape (..., heads, seqlen_q), in either layout
+        Only with ``return_lse=True``: natural logarithm of the sum of exponentials; float32, or float64
+        for float64 inputs.
+
+    Raises
+    ------
+    TypeError
+        For what is not an array, mixed frameworks, unsupported or unequal dtypes, options of a wrong type.
+    ValueError
+        For shapes that do not go together, mixed devices, a last axis that is not contiguous, option values
+        out of range.
+    NotImplementedError
+        For options that are not implemented yet.
+    ImportError
+        For arrays on a GPU without CuPy, or bfloat16 on the CPU without ml_dtypes; the message says what to install.
+    RuntimeError
+        For a GPU older than compute capability 7.5.
+
+    See Also
+    --------
+    attention_backward : the gradients. PyTorch users need not call it: `attention` is differentiable, `lse` included.
+    merge_attention : joins results over disjoint sets of keys.
+
+    Notes
+    -----
+    float16 and bfloat16 inputs are multiplied exactly and accumulated in float32, softmax and LSE included; float32
+    is computed in float32 and float64 in float64. The forward pass is bitwise deterministic, and a result does not
+    depend on what else is in the batch.
+
+    Batch axes whose strides do not allow it to see them as a single axis are launched one after the other.
+
+    The method is FlashAttention-2 [1]_ with the online softmax of [2]_.
+
+    References
+    ----------
+    .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023,
+       arXiv:2307.08691.
+    .. [2] M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((2, 8, 5, 16), dtype=np.float32)  # batch, heads, seqlen, dim
+    >>> k, v = rng.standard_normal((2, 2, 2, 7, 16), dtype=np.float32)  # 2 heads of keys and values serve 8
+    >>> cuflash.attention(q, k, v, is_causal=True).shape
+    (2, 8, 5, 16)
+
+    It is what the formula says:
+
+    >>> out, lse = cuflash.attention(q, k, v, return_lse=True)
+    >>> scores = q @ np.repeat(k, 4, axis=1).swapaxes(-1, -2) / 4
+    >>> bool(np.allclose(lse, np.log(np.exp(scores).sum(-1)), atol=1e-5))
+    True
+    >>> bool(np.allclose(out, np.exp(scores - lse[..., None]) @ np.repeat(v, 4, axis=1), atol=1e-5))
+    True
+    """
+    framework = _framework(q, k, v)
+    if out is not None:
+        arrays.framework_of(q=q, out=out)
+    arguments.check_later_options(mask, bias, softcap, alibi_slopes, sinks, score_mod, dropout_p, seed)
+    options = (is_causal, window, q_offset, scale, layout, precision, deterministic)
+    if framework is None:
+        result = _attention_dlpack(q, k, v, out, return_lse, options)
+    elif framework.records(q, k, v, out):
+        if out is not None:
+            raise ValueError("out: got an array, wanted None: out= does not support automatic differentiation")
+        result = framework.attention(q, k, v, options)
+    else:
+        result = forward(framework, q, k, v, out, return_lse, options)
+    return result if return_lse else result[0]
+
+
+def attention_backward(
+    d_out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    *,
+    d_lse: Any = None,
+    mask: None = None,
+    bias: None = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    softcap: None = None,
+    alibi_slopes: None = None,
+    sinks: None = None,
+    score_mod: None = None,
+    dropout_p: float = 0.0,
+    seed: None = None,
+    layout: str = "bhsd",
+    precision: str | None = None,
+    deterministic: bool = False,
+) -> Gradients:
+    r"""Gradients of a loss by the operands of ``attention``, from those by its results.
+
+    With :math:`p_{ij} = e^{s_{ij} - \text{lse}_i}` recomputed and
+    :math:`\delta_i = \text{d\_out}_i \cdot \text{out}_i - \text{d\_lse}_i`,
+
+    .. math::
+
+        \text{ds}_{ij} = p_{ij} (\text{d\_out}_i \cdot v_j - \delta_i), \quad
+        \text{d\_q}_i = \text{scale} \sum_j \text{ds}_{ij} k_j, \quad
+        \text{d\_k}_j = \text{scale} \sum_i \text{ds}_{ij} q_i, \quad
+        \text{d\_v}_j = \sum_i p_{ij} \, \text{d\_out}_i.
+
+    Parameters
+    ----------
+    d_out : array, shape of `out`
+        Gradient by `out`, in the dtype of `q`; the last axis has to be contiguous.
+    q, k, v : array
+        The operands of the forward call.
+    out, lse : array
+        Its results.
+    d_lse : array, shape of `lse`, optional
+        Gradient by `lse`, in the dtype of `lse`; without it 0.
+    mask, bias, is_causal, window, q_offset, scale, softcap, alibi_slopes, sinks, score_mod, dropout_p, seed, layout, \
+precision
+        The options of the forward call.
+    deterministic : bool, default False
+        Whether the gradients are reproducible to the bit, at some cost in speed.
+
+    Returns
+    -------
+    Gradients
+        ``d_q``, ``d_k`` and ``d_v``, each with the shape and dtype of its operand; ``d_bias`` and ``d_sinks`` are None.
+        Where an operand was broadcast, or a key head was shared by query heads, its gradient is the sum.
+        A query that sees no key has gradient 0, and so has a key that nobody sees.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError, ImportError, RuntimeError
+        As ``attention`` does.
+
+    See Also
+    --------
+    attention : the forward pass, with all options explained.
+
+    Notes
+    -----
+    16-bit gradients are accumulated in float32 and rounded once; sums over broadcast axes are made of rounded terms,
+    in float32. On PyTorch tensors this function is not differentiable itself: asking for it raises.
+
+    The method is that of FlashAttention-2 [1]_, the gradient by the LSE that of the softmax normaliser.
+
+    References
+    ----------
+    .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023,
+       arXiv:2307.08691.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 4, 6, 8))  # 4 heads of 6 rows of 8 elements
+    >>> out, lse = cuflash.attention(q, k, v, return_lse=True)
+    >>> d_q, d_k, d_v, _, _ = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
+
+    The weights of every row add up to 1, so a loss that sums all of `out` has these gradients by `v` in total:
+
+    >>> bool(np.allclose(d_v.sum(axis=1), 6))
+    True
+    """
+    framework = _framework(q, k, v)
+    others = {"d_out": d_out, "out": out, "lse": lse, **({} if d_lse is None else {"d_lse": d_lse})}
+    arrays.framework_of(q=q, **others)
+    arguments.check_later_options(mask, bias, softcap, alibi_slopes, sinks, score_mod, dropout_p, seed)
+    options = (is_causal, window, q_offset, scale, layout, precision, deterministic)
+    operands = (d_out, q, k, v, out, lse, d_lse)
+    if framework is None:
+        return _attention_backward_dlpack(operands, options)
+    if framework.records(*operands):
+        return Gradients(*framework.attention_backward(*operands, options))
+    return Gradients(*backward(framework, *operands, options))
+
+
+def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
+    r"""Join results of attention over disjoint sets of keys into the result over all of them.
+
+    .. math::
+
+        \text{lse} = \ln \sum_p e^{\text{lse}_p}, \qquad
+        \text{out} = \sum_p e^{\text{lse}_p - \text{lse}} \, \text{out}_p.
+
+    Parameters
+    ----------
+    outs : sequence of arrays, shape (..., seqlen_q, head_dim_v)
+        Partial results of ``attention``, all of one shape. Layout "bshd" has to be transposed to the order of the LSE,
+        ``out.swapaxes(-3, -2)``.
+    lses : sequence of arrays, shape (..., seqlen_q)
+        Their LSEs, natural logarithms. A part with LSE -inf saw no key and does not count, whatever its `out` holds.
+
+    Returns
+    -------
+    out : array, shape (..., seqlen_q, head_dim_v)
+        In the dtype of `outs`; where they differ (say, a float32 running result and a float16 part) in float32, or
+        float64 where one of them is float64.
+    lse : array, shape (..., seqlen_q)
+        In the dtype of `lses`, by the same rule.
+
+    Raises
+    ------
+    TypeError
+        For what is not an array, and for mixed frameworks.
+    ValueError
+        For no parts, sequences of different lengths, and shapes that do not go together.
+
+    Notes
+    -----
+    Made of the framework's own operations in float32 or float64, so it is differentiable wherever they are, and it
+    runs on their device and stream. Parts may be merged in any order and grouping. Keep a running result in float32:
+    each rounding to 16 bits on the way adds its error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 4, 6, 8))
+    >>> parts = [cuflash.attention(q, k[:, keys], v[:, keys], return_lse=True) for keys in (slice(0, 2), slice(2, 6))]
+    >>> out, lse = cuflash.merge_attention(*zip(*parts))
+    >>> bool(np.allclose(out, cuflash.attention(q, k, v)))
+    True
+    """
+    outs, lses = tuple(outs), tuple(lses)
+    arguments.check_parts(outs, lses)
+    named = {f"outs[{i}]": out for i, out in enumerate(outs)} | {f"lses[{i}]": lse for i, lse in enumerate(lses)}
+    operations = arrays.operations(**named)
+    if operations is None:
+        like = outs[0]
+        native = [arrays.import_dlpack(array, name) for name, array in named.items()]
+        out, lse = merge_attention(native[: len(outs)], native[len(outs) :])
+        return arrays.export_dlpack(out, like), arrays.export_dlpack(lse, like)
+    xp, cast = operations
+    every = (*outs, *lses)
+    accumulator = xp.float64 if any(array.dtype == xp.float64 for array in every) else xp.float32
+    out_dtype, lse_dtype = (
+        parts[0].dtype if all(part.dtype == parts[0].dtype for part in parts) else accumulator for parts in (outs, lses)
+    )
+    outs, lses = ([cast(part, accumulator) for part in parts] for parts in (outs, lses))
+    lse_max = functools.reduce(xp.maximum, lses)
+    lse_max = xp.where(lse_max == -math.inf, 0.0, lse_max)
+    weights = [xp.exp(lse - lse_max) for lse in lses]
+    total = functools.reduce(operator.add, weights)
+    sees_nothing = total == 0
+    total = xp.where(sees_nothing, 1.0, total)
+    # Parts without weight are taken out rather than multiplied by 0, which would let their NaNs through.
+    terms = [
+        weight[..., None] * xp.where(weight[..., None] == 0, 0.0, out)
+        for weight, out in zip(weights, outs, strict=True)
+    ]
+    out = functools.reduce(operator.add, terms) / total[..., None]
+    lse = xp.where(sees_nothing, -math.inf, lse_max + xp.log(total))
+    return cast(out, out_dtype), cast(lse, lse_dtype)
+
+
+# --- one call: look up or prepare, allocate, launch -------------------------------------------------------------
+
+
+def forward(
+    framework: Framework, q: Any, k: Any, v: Any, out: Any, with_lse: bool, options: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Out and, where asked for, LSE; ``options`` are those of ``arguments.Options``."""
+    signature = framework.signature
+    key = None
+    try:
+        key = (signature(q), signature(k), signature(v), None if out is None else signature(out), options)
+        run = framework.prepared.get(key)
+    except (TypeError, RuntimeError):
+        # An unhashable option, or an array that has no strides: preparing says which.
+        run = None
+    if run is None:
+        run = _prepare_forward(framework, q, k, v, out, options)
+        _remember(framework, key, run)
+    return run(q, k, v, out, with_lse)
+
+
+def backward(
+    framework: Framework,
+    d_out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    d_lse: Any,
+    options: tuple[Any, ...],
+) -> tuple[Any, Any, Any]:
+    """Gradients d_q, d_k, d_v."""
+    operands = (d_out, q, k, v, out, lse) if d_lse is None else (d_out, q, k, v, out, lse, d_lse)
+    key = None
+    try:
+        key = (*map(framework.signature, operands), options)
+        run = framework.prepared.get(key)
+    except (TypeError, RuntimeError):
+        run = None
+    if run is None:
+        run = _prepare_backward(framework, operands, options)
+        _remember(framework, key, run)
+    return run(d_out, q, k, v, out, lse, d_lse)
+
+
+def _remember(framework: Framework, key: Hashable, run: Any) -> None:
+    if len(framework.prepared) >= MAX_PREPARED:
+        framework.prepared.clear()
+    framework.prepared[key] = run
+
+
+def _prepare_forward(
+    framework: Framework, q: Any, k: Any, v: Any, out: Any, options: tuple[Any, ...]
+) -> Callable[..., tuple[Any, Any]]:
+    if framework.is_lazy(q, k, v):
+
+        def run(q: Any, k: Any, v: Any, out: Any, with_lse: bool) -> tuple[Any, Any]:
+            q, k, v = map(framework.resolve, (q, k, v))
+            return forward(framework, q, k, v, out, with_lse, options)
+
+        return run
+    views = [framework.view(array, name) for name, array in zip("qkv", (q, k, v), strict=True)]
+    out_view = None if out is None else framework.view(out, "out")
+    call = arguments.forward(views[0], views[1], views[2], out_view, Options(*options))
+    return (_HostForward if call.device == CPU else _DeviceForward)(framework, call)
+
+
+def _prepare_backward(
+    framework: Framework, operands: tuple[Any, ...], options: tuple[Any, ...]
+) -> Callable[..., tuple[Any, Any, Any]]:
+    if framework.is_lazy(*operands):
+
+        def run(*operands: Any) -> tuple[Any, Any, Any]:
+            d_out, q, k, v, out, lse, d_lse = (None if x is None else framework.resolve(x) for x in operands)
+            return backward(framework, d_out, q, k, v, out, lse, d_lse, options)
+
+        return run
+    names = ("d_out", "q", "k", "v", "out", "lse", "d_lse")
+    views: list[Any] = [framework.view(array, name) for name, array in zip(names, operands, strict=False)]
+    d_lse_view = views.pop() if len(views) == len(names) else None
+    d_out, q, k, v, out, lse = views
+    call = arguments.backward(d_out, q, k, v, out, lse, d_lse_view, Options(*options))
+    return (_HostBackward if call.device == CPU else _DeviceBackward)(framework, call)
+
+
+class _Prepared:
+    """A checked call of some shapes, strides and options, to be run on any arrays that have them."""
+
+    def __init__(self, framework: Framework, call: Call) -> None:
+        self.framework = framework
+        self.call = call
+        self.dtype = call.problem.dtype
+        self.lse_dtype = call.problem.lse_dtype
+        self.out_shape = call.out_shape
+        self.lse_shape = call.lse_shape
+
+    def allocate(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool) -> tuple[Any, Any]:
+        """Result arrays of a forward call; an ``out`` that is given is checked and kept."""
+        framework = self.framework
+        if out is None:
+            out = framework.empty(q, self.out_shape, self.dtype)
+        else:
+            self.check_disjoint(out, (q, k, v))
+            framework.mark_written(out)
+        return out, framework.empty(q, self.lse_shape, self.lse_dtype) if with_lse else None
+
+    def check_disjoint(self, out: Any, inputs: Sequence[Any]) -> None:
+        """Check that ``out`` shares no memory with an input; exactly only where their ranges of memory meet."""
+        framework = self.framework
+        *input_spans, (out_low, out_high) = self.call.spans
+        out_pointer = framework.pointer(out)
+        for name, array, (low, high) in zip("qkv", inputs, input_spans, strict=True):
+            pointer = framework.pointer(array)
+            if pointer + low < out_pointer + out_high and out_pointer + out_low < pointer + high:
+                arguments.check_disjoint(framework.view(out, "out"), framework.view(array, name))
+
+    def allocate_gradients(self, q: Any) -> list[Any]:
+        """Gradients before they are summed over broadcast axes; zeros where there is nothing to launch."""
+        gradients = [self.framework.empty(q, shape, self.dtype) for shape in self.call.gradient_shapes]
+        if not self.call.has_pairs:
+            for gradient in gradients:
+                gradient[...] = 0
+        return gradients
+
+    def sum_gradients(self, gradients: Sequence[Any], operands: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """Gradients in the shapes of the operands."""
+        d_q, d_k, d_v = (
+            arrays.sum_to(self.framework, gradient, tuple(operand.shape))
+            for gradient, operand in zip(gradients, operands, strict=True)
+        )
+        return d_q, d_k, d_v
+
+
+class _Host(_Prepared):
+    """A call on the CPU, by NumPy."""
+
+    def canonical(self, array: Any, strides: tuple[int, ...], heads: int, seqlen: int, dim: int) -> numpy.ndarray:
+        """View of an operand as (*loop, batch, heads, seqlen, dim)."""
+        array = self.framework.as_numpy(array)
+        shape = (*self.call.loop, self.call.problem.batch, heads, seqlen, dim)
+        return as_strided(array, shape, tuple(array.itemsize * stride for stride in (*strides, 1)))
+
+    def canonical_lse(self, lse: Any) -> numpy.ndarray:
+        """View of a contiguous LSE as (*loop, batch, heads, seqlen_q)."""
+        problem = self.call.problem
+        shape = (*self.call.loop, problem.batch, problem.num_heads, problem.seqlen_q)
+        return self.framework.as_numpy(lse).reshape(shape)
+
+
+class _HostForward(_Host):
+    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool) -> tuple[Any, Any]:
+        out, lse = self.allocate(q, k, v, out, with_lse)
+        if self.call.has_rows:
+            p = self.call.problem
+            queries = (p.num_heads, p.seqlen_q)
+            keys = (p.num_heads_kv, p.seqlen_k)
+            sizes = ((*queries, p.head_dim), (*keys, p.head_dim), (*keys, p.head_dim_v), (*queries, p.head_dim_v))
+            operands = [
+                self.canonical(array, strides, *size)
+                for array, strides, size in zip((q, k, v, out), self.call.strides, sizes, strict=True)
+            ]
+            canonical_lse = None if lse is None else self.canonical_lse(lse)
+            for index in numpy.ndindex(self.call.loop):
+                q_part, k_part, v_part, out_part = (operand[index] for operand in operands)
+                lse_part = None if canonical_lse is None else canonical_lse[index]
+                cpu.forward(q_part, k_part, v_part, out_part, lse_part, band=p.band, scale=p.scale)
+        return out, lse
+
+
+class _HostBackward(_Host):
+    def __call__(self, d_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, d_lse: Any) -> tuple[Any, Any, Any]:
+        gradients = self.allocate_gradients(q)
+        if self.call.has_pairs:
+            p = self.call.problem
+            q_size, k_size = (p.num_heads, p.seqlen_q, p.head_dim), (p.num_heads_kv, p.seqlen_k, p.head_dim)
+            v_size, out_size = (p.num_heads_kv, p.seqlen_k, p.head_dim_v), (p.num_heads, p.seqlen_q, p.head_dim_v)
+            sizes = (out_size, q_size, k_size, v_size, out_size, q_size, k_size, v_size)
+            operands = [
+                self.canonical(array, strides, *size)
+                for array, strides, size in zip(
+                    (d_out, q, k, v, out, *gradients), self.call.strides, sizes, strict=True
+                )
+            ]
+            contiguous = self.framework.contiguous
+            lse = self.canonical_lse(contiguous(lse))
+            d_lse = None if d_lse is None else self.canonical_lse(contiguous(d_lse))
+            for index in numpy.ndindex(self.call.loop):
+                inputs, outputs = [x[index] for x in operands[:5]], [x[index] for x in operands[5:]]
+                d_lse_part = None if d_lse is None else d_lse[index]
+                parts: list[Any] = [*inputs, lse[index], d_lse_part, *outputs]
+                cpu.backward(*parts, band=p.band, scale=p.scale)
+        return self.sum_gradients(gradients, (q, k, v))
+
+
+class _Device(_Prepared):
+    """A call on a GPU: a launch per index of ``loop``, on the caller's stream."""
+
+    def __init__(self, framework: Framework, call: Call) -> None:
+        super().__init__(framework, call)
+        self.device = call.device
+        arguments.check_device(call.problem, framework.compute_capability(call.device), call.device)
+        with framework.use_device(call.device):
+            self.prepare([strides[-3:] for strides in call.strides])
+
+    def prepare(self, strides: list[Any]) -> None:
+        """Build the launch and what it needs."""
+        raise NotImplementedError
+
+
+class _DeviceForward(_Device):
+    def prepare(self, strides: list[Any]) -> None:
+        from . import launch  # what the CPU does not need is loaded with the first call on a GPU
+
+        self.offsets: tuple[tuple[int, ...], ...] = ()
+        if self.call.has_rows:
+            self.launch = launch.ForwardCall(self.call.problem, self.device, *strides)
+            self.offsets = tuple(self.call.offsets())
+
+    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool) -> tuple[Any, Any]:
+        framework = self.framework
+        if framework.current_device() != self.device:
+            with framework.use_device(self.device):
+                return self(q, k, v, out, with_lse)
+        out, lse = self.allocate(q, k, v, out, with_lse)
+        pointer = framework.pointer
+        q_ptr, k_ptr, v_ptr, out_ptr = pointer(q), pointer(k), pointer(v), pointer(out)
+        stream = framework.stream(self.device)
+        for to_q, to_k, to_v, to_out, to_lse in self.offsets:
+            lse_ptr = 0 if lse is None else pointer(lse) + to_lse
+            self.launch(q_ptr + to_q, k_ptr + to_k, v_ptr + to_v, out_ptr + to_out, lse_ptr, stream)
+        return out, lse
+
+
+class _DeviceBackward(_Device):
+    def prepare(self, strides: list[Any]) -> None:
+        from . import launch
+
+        self.offsets: tuple[tuple[int, ...], ...] = ()
+        self.workspace_bytes = 0
+        if self.call.has_pairs:
+            self.launch = launch.BackwardCall(self.call.problem, self.device, *strides)
+            self.workspace_bytes = self.launch.workspace_bytes
+            self.offsets = tuple(self.call.offsets())
+
+    def __call__(self, d_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, d_lse: Any) -> tuple[Any, Any, Any]:
+        framework = self.framework
+        if framework.current_device() != self.device:
+            with framework.use_device(self.device):
+                return self(d_out, q, k, v, out, lse, d_lse)
+        gradients = self.allocate_gradients(q)
+        lse = framework.contiguous(lse)
+        d_lse = None if d_lse is None else framework.contiguous(d_lse)
+        workspace = framework.empty(q, (self.workspace_bytes,), "uint8")
+        pointer = framework.pointer
+        pointers = [pointer(array) for array in (d_out, q, k, v, out, *gradients)]
+        stream = framework.stream(self.device)
+        for *offsets, lse_offset in self.offsets:
+            shifted = [address + offset for address, offset in zip(pointers, offsets, strict=True)]
+            lse_ptr = pointer(lse) + lse_offset
+            d_lse_ptr = 0 if d_lse is None else pointer(d_lse) + lse_offset
+            parts: list[int] = [*shifted[:5], lse_ptr, d_lse_ptr, *shifted[5:], pointer(workspace), stream]
+            self.launch(*parts)
+        return self.sum_gradients(gradients, (q, k, v))
+
+
+# --- frameworks -------------------------------------------------------------------------------------------------
+
+
+def _framework(q: Any, k: Any, v: Any) -> Framework | None:
+    kind = type(q)
+    framework = arrays.frameworks.get(kind)
+    if framework is None or type(k) is not kind or type(v) is not kind:
+        framework = arrays.framework_of(q=q, k=k, v=v)
+    return framework
+
+
+def _attention_dlpack(q: Any, k: Any, v: Any, out: Any, with_lse: bool, options: tuple[Any, ...]) -> tuple[Any, Any]:
+    named = {"q": q, "k": k, "v": v}
+    if out is not None:
+        arrays.check_mutable(out)
+        named["out"] = out
+    native = {name: arrays.import_dlpack(array, name) for name, array in named.items()}
+    framework = arrays.framework_of(**native)
+    assert framework is not None
+    result, lse = forward(framework, native["q"], native["k"], native["v"], native.get("out"), with_lse, options)
+    return (
+        arrays.export_dlpack(result, q) if out is None else out,
+        arrays.export_dlpack(lse, q) if with_lse else None,
+    )
+
+
+def _attention_backward_dlpack(operands: tuple[Any, ...], options: tuple[Any, ...]) -> Gradients:
+    names = ("d_out", "q", "k", "v", "out", "lse", "d_lse")
+    native = [None if a is None else arrays.import_dlpack(a, name) for a, name in zip(operands, names, strict=True)]
+    framework = arrays.framework_of(**{name: a for name, a in zip(names, native, strict=True) if a is not None})
+    assert framework is not None
+    d_out, q, k, v, out, lse, d_lse = native
+    gradients = backward(framework, d_out, q, k, v, out, lse, d_lse, options)
+    return Gradients(*(arrays.export_dlpack(gradient, operands[1]) for gradient in gradients))

@@ -1,0 +1,158 @@
+"""Plan + arrays -> parameter struct -> launch: the only file that hands pointers to a kernel.
+
+A call object is built once per shape. Its hot path writes the pointers into a parameter block that it
+keeps per thread and calls the driver; the driver copies the block before it returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+from . import compile as compiler
+from . import environment, params
+from .plan import DeviceInfo, Plan, plan_backward, plan_forward
+from .problem import ITEMSIZE, Problem
+
+
+class _Call:
+    """Launches that share one parameter block. Pointers are written per call, everything else once."""
+
+    def __init__(self, plans: tuple[Plan, ...], device_id: int, block: np.ndarray, pointers: tuple[str, ...]) -> None:
+        from cupy_backends.cuda.api import driver, runtime
+
+        assert block.dtype.fields is not None
+        self._block = block
+        self._offsets = [block.dtype.fields[name][1] for name in pointers]
+        self._driver_launch = driver.launchKernel
+        self._launches = []
+        for plan in plans:
+            if plan.grid:
+                kernel = compiler.load(plan.config, device_id)
+                self._launches.append((kernel.handle, plan.grid, 1, 1, plan.block, 1, 1, plan.smem_bytes))
+        self._make_current = functools.partial(runtime.setDevice, device_id)
+        self._local = threading.local()
+
+    def _thread_state(self) -> tuple[Any, ...]:
+        # A block of its own for every thread: the driver copies it during the launch, outside of the
+        # interpreter's lock. The last two keep alive what the first ones point to.
+        # A thread that frameworks made for themselves (autograd's, for one) may have no context yet, and the driver
+        # asks for one; the caller has chosen the device already.
+        self._make_current()
+        block = self._block.copy()
+        arguments = np.array([block.ctypes.data], dtype=np.uintp)
+        bytes_of_block = memoryview(block.view(np.uint8))  # type: ignore[arg-type]
+        writers = [(functools.partial(_POINTER.pack_into, bytes_of_block, offset)) for offset in self._offsets]
+        state = self._local.state = (writers, arguments.ctypes.data, arguments, block)
+        return state
+
+    def __call__(self, stream: int, *pointers: int) -> None:
+        state = getattr(self._local, "state", None) or self._thread_state()
+        for write, pointer in zip(state[0], pointers):  # noqa: B905 (checked by the tests; this path is hot)
+            write(pointer)
+        for launch in self._launches:
+            self._driver_launch(*launch, stream, state[1], 0)
+
+
+_POINTER = struct.Struct("=Q")
+
+
+def _print_plans(problem: Problem, plans: tuple[Plan, ...]) -> None:
+    if environment.print_plan():
+        print(problem, *plans, sep="\n", file=sys.stderr)
+
+
+class ForwardCall:
+    """A forward call but for its pointers.
+
+    Strides are those of the (batch, heads, seqlen, dim) operands in elements. ``device_info`` plans for
+    another device than the present one (whose kernels the present one must be able to run).
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        device_id: int,
+        q: params.Strides,
+        k: params.Strides,
+        v: params.Strides,
+        out: params.Strides,
+        *,
+        device_info: DeviceInfo | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        self.plan = plan or plan_forward(problem, device_info or DeviceInfo.current(device_id))
+        _print_plans(problem, (self.plan,))
+        block = np.zeros(1, params.PARAMS["ForwardParams"])
+        for name, strides in (("q", q), ("k", k), ("v", v), ("out", out)):
+            params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
+        params.fill_shape(block, problem)
+        # A scale of 0 becomes one so small that products vanish: 0 times a hidden score would be NaN.
+        block["scale_log2"] = max(abs(problem.scale) * params.LOG2_E, 1e-37)
+        block["score_sign"] = -1.0 if problem.scale < 0 else 1.0
+        self._call = _Call((self.plan,), device_id, block, ("q", "k", "v", "out", "lse"))
+
+    def __call__(self, q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
+        """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0."""
+        self._call(stream, q, k, v, out, lse)
+
+
+class BackwardCall:
+    """A backward call but for its pointers; see :class:`ForwardCall`."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        device_id: int,
+        d_out: params.Strides,
+        q: params.Strides,
+        k: params.Strides,
+        v: params.Strides,
+        out: params.Strides,
+        d_q: params.Strides,
+        d_k: params.Strides,
+        d_v: params.Strides,
+        *,
+        device_info: DeviceInfo | None = None,
+        plans: tuple[Plan, ...] | None = None,
+    ) -> None:
+        self.plans = plans or plan_backward(problem, device_info or DeviceInfo.current(device_id))
+        _print_plans(problem, self.plans)
+        layout = self.plans[0].workspace
+        assert layout is not None
+        #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).
+        self.workspace_bytes = layout.total
+        self._offsets = (layout.delta, layout.lse_log2, layout.dq_accum, layout.semaphore)
+        block = np.zeros(1, params.PARAMS["BackwardParams"])
+        operands = {"d_out": d_out, "q": q, "k": k, "v": v, "out": out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
+        for name, strides in operands.items():
+            params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
+        params.fill_shape(block, problem)
+        block["rows"] = layout.rows
+        block["scale_log2"] = problem.scale * params.LOG2_E
+        pointers = (*operands, "lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore")
+        self._call = _Call(self.plans, device_id, block, pointers)
+
+    def __call__(
+        self,
+        d_out: int,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        d_lse: int,
+        d_q: int,
+        d_k: int,
+        d_v: int,
+        workspace: int,
+        stream: int,
+    ) -> None:
+        """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0."""
+        scratch = [workspace + offset for offset in self._offsets]
+        self._call(stream, d_out, q, k, v, out, d_q, d_k, d_v, lse, d_lse, *scratch)

@@ -1,0 +1,88 @@
+"""The parameter structs of the kernels, mirrored as NumPy dtypes.
+
+``kernels_cu/attention/params.cuh`` is the other side; every generated entry asserts that size and offsets
+agree, so that a field out of place does not compile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .problem import Problem
+
+Strides = tuple[int, int, int]
+
+_OPERAND = np.dtype(
+    [("pointer", "u8"), ("batch_stride", "i8"), ("head_stride", "i8"), ("row_stride", "i8")], align=True
+)
+_SHAPE = np.dtype(
+    [
+        (name, "i4")
+        for name in (
+            "num_heads", "group_size", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v", "lower", "upper"
+        )
+    ],
+    align=True,
+)  # fmt: skip
+PARAMS = {
+    "ForwardParams": np.dtype(
+        [
+            *((name, _OPERAND) for name in ("q", "k", "v", "out")),
+            ("lse", "u8"),
+            ("shape", _SHAPE),
+            ("scale", "f8"),
+            ("scale_log2", "f4"),
+            ("score_sign", "f4"),
+        ],
+        align=True,
+    ),
+    "BackwardParams": np.dtype(
+        [
+            *((name, _OPERAND) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
+            *((name, "u8") for name in ("lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore")),
+            ("shape", _SHAPE),
+            ("rows", "i4"),
+            ("scale_log2", "f4"),
+            ("scale", "f8"),
+        ],
+        align=True,
+    ),
+}
+#: Stands for an open side of the band; lengths are limited so that sums with it stay inside 32 bits.
+OPEN = 1_000_000_000
+LOG2_E = math.log2(math.e)
+
+
+def layout_assertions(params: str) -> list[str]:
+    """C++ that fails to compile where the struct of that name differs from the NumPy dtype.
+
+    NVRTC has no offsetof; ``__INTADDR__`` is the intrinsic that its compiler front end defines it with.
+    """
+    dtype = PARAMS[params]
+    assert dtype.fields is not None
+    lines = [f'static_assert(sizeof({params}) == {dtype.itemsize}, "{params}: size differs from cuflash/launch.py");']
+    lines += [
+        f"static_assert(__INTADDR__(&static_cast<{params}*>(nullptr)->{name}) == {field[1]}, "
+        f'"{params}::{name}: offset differs from cuflash/launch.py");'
+        for name, field in dtype.fields.items()
+    ]
+    return lines
+
+
+def fill_shape(block: Any, problem: Problem) -> None:
+    """Write what both families of parameters say of a problem."""
+    p = problem
+    if max(p.seqlen_q, p.seqlen_k) > OPEN:
+        raise ValueError(f"seqlen: got {max(p.seqlen_q, p.seqlen_k)}, wanted at most {OPEN}")
+    lower = -OPEN if p.band.lower is None else max(-OPEN, min(OPEN, p.band.lower))
+    upper = OPEN if p.band.upper is None else max(-OPEN, min(OPEN, p.band.upper))
+    block["shape"] = (p.num_heads, p.group_size, p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v, lower, upper)
+    block["scale"] = p.scale
+
+
+def fill_operand(block: Any, name: str, strides: Strides, itemsize: int) -> None:
+    """Write the strides of one operand, given in elements; its pointer follows with every call."""
+    block[name] = (0, *(stride * itemsize for stride in strides))

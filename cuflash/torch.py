@@ -1,0 +1,229 @@
+"""PyTorch: reading tensors, and autograd. Nothing else in cuflash knows this framework.
+
+``attention`` on tensors that require gradients goes through ``_Attention``, whose backward pass is
+another Function, ``_AttentionBackward``, so that asking for second derivatives is an error rather
+than a wrong number. Both know how to be vmapped: an axis that torch.vmap maps over is a batch axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy
+import torch
+from torch.autograd import forward_ad
+
+from . import arguments, functional
+from .arrays import ALIGNMENT, CPU, ArrayView, Framework, import_cupy, numpy_dtype
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "uint8": torch.uint8,
+}
+
+# Private, and several times cheaper than their public equivalents, which stand in where they are missing.
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_get_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+class TorchArrays(Framework):
+    """Tensors on the CPU or a CUDA device."""
+
+    name = "PyTorch"
+
+    def signature(self, array: torch.Tensor) -> Hashable:
+        return (
+            array.shape,
+            array.stride(),
+            array.dtype,
+            array.device,
+            array.data_ptr() % ALIGNMENT,
+            array.is_neg(),
+        )
+
+    def view(self, array: torch.Tensor, name: str) -> ArrayView:
+        if array.layout is not torch.strided or array.is_nested:
+            kind = "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: got a {kind} tensor, wanted a strided one")
+        if array.is_neg():
+            raise ValueError(f"{name}: got a tensor with lazy negation, wanted a plain one (resolve_neg())")
+        device = array.device
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name}: got a tensor on {device}, wanted one on the CPU or a CUDA device")
+        return ArrayView(
+            name=name,
+            pointer=array.data_ptr(),
+            shape=tuple(array.shape),
+            strides=array.stride(),
+            dtype=str(array.dtype).removeprefix("torch."),
+            itemsize=array.element_size(),
+            device=CPU if device.type == "cpu" else device.index,
+        )
+
+    def pointer(self, array: torch.Tensor) -> int:
+        return array.data_ptr()
+
+    def empty(self, like: torch.Tensor, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return like.new_empty(shape, dtype=_DTYPES[dtype])
+
+    def namespace(self, array: torch.Tensor) -> Any:
+        return torch
+
+    def contiguous(self, array: torch.Tensor) -> torch.Tensor:
+        return array.contiguous()
+
+    def cast(self, array: torch.Tensor, dtype: Any) -> torch.Tensor:
+        return array.to(dtype)
+
+    def is_lazy(self, *arrays: torch.Tensor) -> bool:
+        return any(array.is_neg() for array in arrays)
+
+    def resolve(self, array: torch.Tensor) -> torch.Tensor:
+        return array.resolve_neg()
+
+    def as_numpy(self, array: torch.Tensor) -> numpy.ndarray:
+        array = array.detach()
+        if array.dtype == torch.bfloat16:
+            # NumPy knows no bfloat16 of its own: hand the bits over and say what they are.
+            return array.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+        return array.numpy()
+
+    def stream(self, device: int) -> int:
+        if _raw_stream is not None:
+            return _raw_stream(device)
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def current_device(self) -> int:
+        return _get_device()
+
+    def use_device(self, device: int) -> AbstractContextManager[Any]:
+        return torch.cuda.device(device)
+
+    def compute_capability(self, device: int) -> int:
+        if torch.version.cuda is None:
+            raise RuntimeError("this PyTorch is built for ROCm; cuflash needs CUDA")
+        import_cupy(torch.version.cuda)
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+
+    def mark_written(self, array: torch.Tensor) -> None:
+        torch.autograd.graph.increment_version(array)
+
+    def records(self, *arrays: torch.Tensor | None) -> bool:
+        if torch.is_grad_enabled():
+            for array in arrays:
+                if array is not None and array.requires_grad:
+                    return True
+        # torch.func's transforms, and dual numbers, whose tangents would be lost.
+        return _transforms_active() or forward_ad._current_level >= 0
+
+    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+        return _Attention.apply(q, k, v, options)
+
+    def attention_backward(self, *operands_and_options: Any) -> tuple[Any, Any, Any]:
+        return _AttentionBackward.apply(*operands_and_options)
+
+
+#: The one object that serves tensors.
+ARRAYS = TorchArrays()
+
+
+class _Attention(torch.autograd.Function):
+    """(q, k, v, options) -> (out, lse), both differentiable."""
+
+    @staticmethod
+    def forward(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+        return functional.forward(ARRAYS, q, k, v, None, True, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
+        q, k, v, ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Any, d_lse: Any) -> tuple[Any, ...]:
+        if d_out is None and d_lse is None:
+            return None, None, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else _with_contiguous_rows(d_out)
+        operands = (d_out, q, k, v, out, lse, d_lse)
+        gradients = (
+            _AttentionBackward.apply(*operands, ctx.options)
+            if ARRAYS.records(*operands)
+            else functional.backward(ARRAYS, *operands, ctx.options)
+        )
+        return (*gradients, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Any:
+        num_axes = [_num_axes(x, in_dim) for x, in_dim in zip((q, k, v), in_dims, strict=False)]
+        least = 3 if arguments.Options(*options).layout == "bshd" else 2
+        if min(num_axes) < least:
+            raise ValueError(f"q, k, v: got {num_axes} axes inside vmap, wanted at least {least} each")
+        batched = [
+            _with_batch_axis(x, in_dim, info.batch_size, max(3, *num_axes))
+            for x, in_dim in zip((q, k, v), in_dims, strict=False)
+        ]
+        out, lse = _Attention.apply(*batched, options)
+        if max(num_axes) == 2:  # matrices only, which were given an axis of heads
+            out, lse = out.squeeze(1), lse.squeeze(1)
+        return (out, lse), (0, 0)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """(d_out, q, k, v, out, lse, d_lse, options) -> (d_q, d_k, d_v), not differentiable."""
+
+    @staticmethod
+    def forward(*operands_and_options: Any) -> tuple[Any, Any, Any]:
+        return functional.backward(ARRAYS, *operands_and_options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            "cuflash.attention: second derivatives are not implemented yet; a loss that needs them has to be computed "
+            "with a differentiable attention, such as torch.nn.attention's SDPBackend.MATH"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *operands_and_options: Any) -> Any:
+        *operands, options = operands_and_options
+        num_axes = [None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(operands, in_dims, strict=False)]
+        most = max(3, *(num for num in num_axes[:5] if num is not None))
+        batched = [
+            None if x is None else _with_batch_axis(x, in_dim, info.batch_size, most - (index >= 5))
+            for index, (x, in_dim) in enumerate(zip(operands, in_dims, strict=False))
+        ]
+        batched[0] = _with_contiguous_rows(batched[0])
+        gradients = _AttentionBackward.apply(*batched, options)
+        # An axis that was put between batch and operand has one element and goes again.
+        results = tuple(
+            gradient.reshape(info.batch_size, *gradient.shape[gradient.ndim - num :])
+            for gradient, num in zip(gradients, num_axes[1:4], strict=True)
+        )
+        return results, (0, 0, 0)
+
+
+def _with_contiguous_rows(gradient: torch.Tensor) -> torch.Tensor:
+    """What autograd made of ``out``'s gradient, in a form that can be read: ``sum().backward()`` expands a scalar."""
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+
+
+def _num_axes(x: torch.Tensor, in_dim: int | None) -> int:
+    return x.ndim - (in_dim is not None)
+
+
+def _with_batch_axis(x: torch.Tensor, in_dim: int | None, batch_size: int, num_axes: int) -> torch.Tensor:
+    """``x`` with the mapped axis first, expanded where it is not mapped, then ``num_axes`` axes of its own."""
+    x = x.expand(batch_size, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
+    return x.reshape(batch_size, *[1] * (num_axes + 1 - x.ndim), *x.shape[1:])

@@ -1,0 +1,84 @@
+// Compile-time configurations: what changes the shape of the code. The same fields, in the same order,
+// as the dataclasses in cuflash/configs.py; everything else is a run-time parameter (params.cuh).
+#pragma once
+#include "../tile/copy.cuh"
+#include "../tile/element.cuh"
+#include "../tile/fragment.cuh"
+
+struct ForwardMmaConfig {
+    Mma mma;
+    Copy copy;
+    int head_dim;    // padded: a tile row of q and k
+    int head_dim_v;  // padded: a tile row of v and out
+    int block_m;     // query rows of a thread block
+    int block_n;     // keys of one step
+    int num_warps;   // each owns block_m / num_warps query rows
+    int num_stages;  // key/value tiles in flight
+    bool overlap;    // P V of a tile runs beside the softmax of the next one
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
+struct BackwardMmaConfig {
+    Mma mma;
+    Copy copy;
+    int head_dim;        // padded: a tile row of q and k
+    int head_dim_v;      // padded: a tile row of v and out
+    int block_m;         // query rows of one step
+    int block_n;         // keys of a thread block
+    int num_warps;       // one half computes d_v, the other d_k
+    int num_stages;      // query tiles in flight
+    int dq_warps_m;      // warps along the rows of a d_q tile; the others split its columns
+    int reduce_width;    // floats that one instruction adds to d_q: 1; from sm_90 on also 2, 4
+    bool deterministic;  // d_q is summed in a fixed order
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
+// block_m of the main kernel, as every layout of the workspace depends on it.
+struct BackwardPreprocessConfig {
+    Mma mma;  // only the element type matters
+    Copy copy;
+    int head_dim;
+    int head_dim_v;
+    int block_m;
+    int num_warps;
+    int semaphores;  // per query tile; 0 unless deterministic
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
+struct BackwardConvertConfig {
+    Mma mma;
+    Copy copy;
+    int head_dim;
+    int block_m;       // these four as in the main kernel
+    int num_warps;
+    int dq_warps_m;
+    int reduce_width;
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
+struct ForwardSimtConfig {
+    Dtype dtype;  // stored; arithmetic is float64 for float64, float32 for the others
+    int block_m;  // query rows of a thread block
+    int block_n;  // keys of one step
+    int columns;  // elements of an output row that a thread block computes
+    int num_warps;
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
+enum class BackwardStep { kDelta, kDKDV, kDQ };
+
+struct BackwardSimtConfig {
+    BackwardStep step;
+    Dtype dtype;
+    int block_m;  // query rows of a thread block (kDQ), of one step (kDKDV)
+    int block_n;  // keys of a thread block (kDKDV), of one step (kDQ)
+    int columns;  // elements of a gradient row that a thread block computes
+    int num_warps;
+
+    constexpr int threads() const { return 32 * num_warps; }
+};

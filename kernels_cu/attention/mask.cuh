@@ -1,0 +1,52 @@
+// Hiding scores of a boundary tile: the only place where visibility is decided per element.
+#pragma once
+#include "../ptx/math.cuh"
+#include "../tile/fragment.cuh"
+#include "params.cuh"
+
+// Scores of queries q_idx.. (16 per m) and keys k_idx.. (8 per n) held as accumulators; hidden becomes -inf.
+template <int kM, int kN>
+CUFLASH_DEVICE void mask_scores(float (&s)[kM][kN][4], Shape const& shape, int q_idx, int k_idx, int lane) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int const q = q_idx + 16 * m + acc_row(lane, 2 * half);
+            int const begin = q + shape.lower - k_idx;
+            int const end = min(shape.seqlen_k, q + shape.upper + 1) - k_idx;
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                    int const k = 8 * n + acc_col(lane, i);
+                    if (k < begin || k >= end) s[m][n][i] = -infinity();
+                }
+        }
+}
+
+// The transposed tile of the backward: probabilities of keys k_idx.. (16 per m) and queries q_idx.. (8 per n);
+// hidden becomes 0, whatever it was.
+template <int kM, int kN>
+CUFLASH_DEVICE void mask_probabilities(float (&p)[kM][kN][4], Shape const& shape, int k_idx, int q_idx, int lane) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int const k = k_idx + 16 * m + acc_row(lane, 2 * half);
+            int const begin = k - shape.upper - q_idx;
+            int const end = k < shape.seqlen_k ? min(shape.seqlen_q, k - shape.lower + 1) - q_idx : 0;
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                    int const q = 8 * n + acc_col(lane, i);
+                    if (q < begin || q >= end) p[m][n][i] = 0.f;
+                }
+        }
+}
+
+// One pair; false as well for what is past the ends.
+CUFLASH_DEVICE bool is_visible(Shape const& shape, int q_idx, int k_idx) {
+    return q_idx < shape.seqlen_q && k_idx < shape.seqlen_k && k_idx >= q_idx + shape.lower &&
+           k_idx <= q_idx + shape.upper;
+}

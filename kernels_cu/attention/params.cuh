@@ -1,0 +1,51 @@
+// What a launch passes to a kernel, by value. cuflash/launch.py holds the same structs as NumPy dtypes
+// and the generated entry asserts that sizes and offsets agree.
+#pragma once
+#include "../ptx/types.cuh"
+
+// A (batch, heads, seqlen, dim) operand with contiguous dim; strides in bytes.
+struct Operand {
+    char* pointer;
+    i64 batch_stride;
+    i64 head_stride;
+    i64 row_stride;
+
+    CUFLASH_DEVICE char* at(int batch, int head, i64 row) const {
+        return pointer + batch * batch_stride + head * head_stride + row * row_stride;
+    }
+};
+
+// The lengths and the visibility of one call. Query i sees key j when i + lower <= j <= i + upper.
+struct Shape {
+    i32 num_heads;
+    i32 group_size;  // query heads per key/value head
+    i32 seqlen_q;
+    i32 seqlen_k;
+    i32 head_dim;
+    i32 head_dim_v;
+    i32 lower;  // open sides are far outside any length, and stay far enough from overflow
+    i32 upper;
+};
+
+struct ForwardParams {
+    Operand q, k, v, out;
+    char* lse;  // (batch, num_heads, seqlen_q), natural log, or null
+    Shape shape;
+    double scale;        // of q.k
+    float scale_log2;    // |scale| * log2(e), never 0: see softmax.cuh
+    float score_sign;    // sign of scale
+};
+
+struct BackwardParams {
+    Operand q, k, v, out, d_out, d_q, d_k, d_v;
+    char* lse;        // (batch, num_heads, seqlen_q), natural log
+    char* d_lse;      // the same shape, or null
+    char* delta;      // float workspace (batch, num_heads, rows): rowsum(d_out * out) - d_lse
+    char* lse_log2;   // float workspace of the same shape: lse * log2(e), +inf where P must be 0
+    char* dq_accum;   // float workspace (batch, num_heads, rows, padded head_dim), see dq_accum.cuh
+    char* semaphore;  // int workspace (batch, num_heads, m_blocks, warps), only if deterministic
+    Shape shape;
+    i32 rows;          // seqlen_q rounded up to block_m of the main kernel
+    float scale_log2;  // scale * log2(e), with its sign
+    double scale;
+};

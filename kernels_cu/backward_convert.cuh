@@ -1,0 +1,69 @@
+// Attention backward, last step: d_q = scale * (the float32 sum over key blocks), rounded to the element type.
+//
+// What    one query tile of the main kernel per thread block: [block_m, head_dim].
+// Blocks  grid.x = m_blocks * num_heads * batch.
+// Who     each warp takes what the warp of the same number in the main kernel has added, so that a lane finds
+//         its accumulators again; rows are put together in shared memory.
+#pragma once
+#include "attention/config.cuh"
+#include "attention/dq_accum.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/params.cuh"
+
+template <BackwardConvertConfig cfg>
+struct BackwardConvertTiles {
+    using dQ = SmemTile<cfg.block_m, cfg.head_dim, elem_bytes(cfg.mma)>;
+    static constexpr int kBytes = dQ::kBytes;
+};
+
+template <BackwardConvertConfig cfg>
+CUFLASH_DEVICE void backward_convert(BackwardParams const& params, u32 smem) {
+    using TileDQ = typename BackwardConvertTiles<cfg>::dQ;
+    using Accum = DqAccum<cfg.block_m, cfg.head_dim, cfg.num_warps, cfg.dq_warps_m, cfg.reduce_width>;
+
+    // ---- coordinates ----
+    Shape const& shape = params.shape;
+    int const num_m_blocks = params.rows / cfg.block_m;
+    int const m_block = blockIdx.x % num_m_blocks;
+    int const head = blockIdx.x / num_m_blocks % shape.num_heads;
+    int const batch = blockIdx.x / num_m_blocks / shape.num_heads;
+    int const thread = threadIdx.x;
+    int const lane = thread % 32;
+    int const warp = thread / 32;
+    int const q_begin = m_block * cfg.block_m;
+
+    // ---- load ----
+    float const* const source =
+        reinterpret_cast<float const*>(params.dq_accum) + static_cast<i64>(blockIdx.x) * Accum::kElems +
+        Accum::lane_offset(warp, lane);
+    float const scale = static_cast<float>(params.scale);
+#pragma unroll
+    for (int m = 0; m < Accum::kM; ++m)
+#pragma unroll
+        for (int n = 0; n < Accum::kN; n += 2) {
+            float block[1][2][4];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                if constexpr (cfg.reduce_width == 4) {
+                    float4 const x = __ldg(reinterpret_cast<float4 const*>(source + Accum::offset(m, n + j, 0)));
+                    block[0][j][0] = scale * x.x;
+                    block[0][j][1] = scale * x.y;
+                    block[0][j][2] = scale * x.z;
+                    block[0][j][3] = scale * x.w;
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        block[0][j][i] = scale * __ldg(source + i % cfg.reduce_width +
+                                                       Accum::offset(m, n + j, i / cfg.reduce_width));
+                }
+            }
+            acc_to_smem<cfg.mma, TileDQ>(smem, block, Accum::row(warp) + 16 * cfg.dq_warps_m * m, lane,
+                                         Accum::col(warp) + 8 * Accum::kWarpsN * n);
+        }
+    __syncthreads();
+
+    // ---- store ----
+    store_tile<TileDQ, cfg.block_m, cfg.threads(), cfg.copy>(
+        params.d_q.at(batch, head, q_begin), params.d_q.row_stride, smem, 0, shape.seqlen_q - q_begin,
+        shape.head_dim * TileDQ::kElemBytes, thread);
+}

@@ -1,0 +1,150 @@
+// Products of one warp: kM x 16 rows, kN x 8 columns, the reduction unrolled.
+#pragma once
+#include "fragment.cuh"
+
+template <int kM, int kN>
+CUFLASH_DEVICE void set_zero(float (&acc)[kM][kN][4]) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+}
+
+template <int kM, int kN>
+CUFLASH_DEVICE void add_tiles(float (&acc)[kM][kN][4], float const (&tile)[kM][2][4], int n) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[m][n + j][i] += tile[m][j][i];
+}
+
+// acc += A B^T with A stored [rows][k] and B stored [n][k], both in shared memory.
+template <Mma kMma, class TileA, class TileB, int kSteps, int kM, int kN>
+CUFLASH_DEVICE void gemm_nt(float (&acc)[kM][kN][4], u32 a_lane, u32 b_lane) {
+    static_assert(kN % 2 == 0, "B is loaded 16 columns at a time");
+    if constexpr (kMma == Mma::kTF32x3) {
+        // The small terms are summed apart: every addition of the tensor core cuts off, relative to what it
+        // adds to, so a third as many additions to the large sum leave a third of the error.
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+            float small[kM][2][4];
+            set_zero(small);
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                FragmentB<kMma> b[2];
+                load_b<kMma, TileB>(b, b_lane, 8 * n, k);
+#pragma unroll
+                for (int m = 0; m < kM; ++m) {
+                    FragmentA<kMma> a;
+                    load_a<kMma, TileA>(a, a_lane, 16 * m, k);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) mma_step_split(acc[m][n + j], small[m][j], a, b[j]);
+                }
+            }
+            add_tiles(acc, small, n);
+        }
+    } else {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            FragmentA<kMma> a[kM];
+#pragma unroll
+            for (int m = 0; m < kM; ++m) load_a<kMma, TileA>(a[m], a_lane, 16 * m, k);
+#pragma unroll
+            for (int n = 0; n < kN; n += 2) {
+                FragmentB<kMma> b[2];
+                load_b<kMma, TileB>(b, b_lane, 8 * n, k);
+#pragma unroll
+                for (int m = 0; m < kM; ++m) {
+                    mma_step<kMma>(acc[m][n], a[m], b[0]);
+                    mma_step<kMma>(acc[m][n + 1], a[m], b[1]);
+                }
+            }
+        }
+    }
+}
+
+// One k-step of acc += A B with A in registers and B stored [k][n].
+template <Mma kMma, class TileB, int kM, int kN>
+CUFLASH_DEVICE void gemm_nn_step(float (&acc)[kM][kN][4], FragmentA<kMma> const (&a)[kM], u32 b_lane, int k_step) {
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+        FragmentB<kMma> b[2];
+        load_b_trans<kMma, TileB>(b, b_lane, k_step, 8 * n);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+            mma_step<kMma>(acc[m][n], a[m], b[0]);
+            mma_step<kMma>(acc[m][n + 1], a[m], b[1]);
+        }
+    }
+}
+
+// acc += A B with A in registers and B stored [k][n], for 32-bit elements and sums over many tiles: the
+// tensor core cuts sums off instead of rounding them, which over thousands of keys would become a bias. So
+// the tile is summed from zero and added by a rounding addition.
+template <Mma kMma, class TileB, int kM, int kN, int kSteps>
+CUFLASH_DEVICE void gemm_nn_rounded(float (&acc)[kM][kN][4], FragmentA<kMma> const (&a)[kM][kSteps], u32 b_lane) {
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+        float tile[kM][2][4];
+        set_zero(tile);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            FragmentB<kMma> b[2];
+            load_b_trans<kMma, TileB>(b, b_lane, k, 8 * n);
+#pragma unroll
+            for (int m = 0; m < kM; ++m)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) mma_step<kMma>(tile[m][j], a[m][k], b[j]);
+        }
+        add_tiles(acc, tile, n);
+    }
+}
+
+// acc += X B with X the accumulators of an earlier product and B stored [k][n].
+template <Mma kMma, class TileB, int kM, int kN, int kX>
+CUFLASH_DEVICE void gemm_acc_nn(float (&acc)[kM][kN][4], float const (&x)[kM][kX][4], u32 b_lane) {
+    constexpr int kSteps = kX * 8 / step_elems(kMma);
+    if constexpr (is_16bit(kMma)) {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            FragmentA<kMma> a[kM];
+#pragma unroll
+            for (int m = 0; m < kM; ++m) acc_to_a(a[m], x[m], k);
+            gemm_nn_step<kMma, TileB>(acc, a, b_lane, k);
+        }
+    } else {
+        FragmentA<kMma> a[kM][kSteps];
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+            for (int m = 0; m < kM; ++m) acc_to_a(a[m][k], x[m], k);
+        gemm_nn_rounded<kMma, TileB>(acc, a, b_lane);
+    }
+}
+
+// acc += A^T B with A stored [k][rows] and B stored [k][n], both in shared memory. The warp's rows and columns
+// come 16 at a time, kEveryM and kEveryN times 16 apart: warps that share a tile take them in turn.
+template <Mma kMma, class TileA, class TileB, int kSteps, int kEveryM, int kEveryN, int kM, int kN>
+CUFLASH_DEVICE void gemm_tn(float (&acc)[kM][kN][4], u32 a_lane, u32 b_lane) {
+    static_assert(kN % 2 == 0, "B is loaded 16 columns at a time");
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+        FragmentA<kMma> a[kM];
+#pragma unroll
+        for (int m = 0; m < kM; ++m) load_a_trans<kMma, TileA>(a[m], a_lane, k, 16 * kEveryM * m);
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+            FragmentB<kMma> b[2];
+            load_b_trans<kMma, TileB>(b, b_lane, k, 8 * kEveryN * n);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                mma_step<kMma>(acc[m][n], a[m], b[0]);
+                mma_step<kMma>(acc[m][n + 1], a[m], b[1]);
+            }
+        }
+    }
+}

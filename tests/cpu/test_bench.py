@@ -1,0 +1,339 @@
+"""The benchmarks' own arithmetic, checks and pages: what decides whether a published figure can be believed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench import report
+from bench.__main__ import SUITES, make_parser
+from bench.rows import Results, Row, load_all
+from bench.shapes import Workload, default_grid, grid
+from bench.timing import Call, Spread, WallTimer, shuffled_rounds
+
+CONTEXT = {
+    "date": "2030-01-02 03:04 UTC",
+    "commit": "abc",
+    "gpu": "Some GPU",
+    "cpu": "Some CPU",
+    "cores": 2,
+    "cuda": "13.0",
+}
+FULL = Workload("bfloat16", 2, 4, 128, 64)
+CAUSAL = replace(FULL, is_causal=True)
+
+
+def timed(provider: str, seconds: float, workload: Workload = FULL, measure: str = "forward") -> Row:
+    return Row.of("forward", measure, provider, workload).measured(Spread(seconds, seconds, seconds), "ms")
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(5, 5), (3, 7), (7, 3), (1, 1)])
+def test_flops_count_visible_pairs(is_causal, seqlen_q, seqlen_k):
+    workload = Workload("float16", 2, 6, seqlen_q, 16, is_causal, num_heads_kv=3, seqlen_k=seqlen_k)
+    mask = np.tril(np.ones((seqlen_q, seqlen_k)), seqlen_k - seqlen_q if is_causal else seqlen_k)
+    pairs = 2 * 6 * int(mask.sum())
+    assert workload.flops("forward") == 4 * 16 * pairs
+    assert workload.flops("backward") == 10 * 16 * pairs
+    assert workload.flops("forward+backward") == 14 * 16 * pairs
+    assert workload.flops("call") is None
+
+
+def test_grid_keeps_hidden_size_and_tokens():
+    workloads = grid("bfloat16", (64, 128), (1024, 16384))
+    assert len(workloads) == len(set(workloads)) == 8
+    assert {workload.num_heads * workload.head_dim for workload in workloads} == {2048}
+    assert {workload.batch * workload.seqlen_q for workload in workloads} == {16384}
+
+
+def test_default_grid_narrows_to_what_is_asked_for():
+    assert {w.seqlen_q for w in default_grid("bfloat16", (), (), quick=True)} == {2048, 8192}
+    assert {w.head_dim for w in default_grid("bfloat16", (), (), quick=False)} == {64, 128, 256}
+    assert {(w.head_dim, w.seqlen_q) for w in default_grid("float32", (80,), (96,), quick=False)} == {(80, 96)}
+
+
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def test_spread_is_median_and_percentiles():
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == Spread(3.5, 2.0, 5.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_every_round_holds_everybody_once():
+    rounds = shuffled_rounds(["a", "b", "c"], 20)
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+    assert rounds == shuffled_rounds(["a", "b", "c"], 20)
+
+
+def test_wall_timer_interleaves_and_drops_its_warm_up():
+    seen = []
+
+    def call(name):
+        return Call(lambda: (seen.append(name),))
+
+    spreads = WallTimer(repeats=2)({"a": call("a"), "b": call("b")}, 3)
+    assert set(spreads) == {"a", "b"}
+    assert all(0 < spread.p20 <= spread.median <= spread.p80 for spread in spreads.values())
+    rounds = [seen[start : start + 4] for start in range(0, len(seen), 4)]
+    assert len(rounds) == 1 + 3  # the first warms up
+    assert all(sorted(names) == ["a", "a", "b", "b"] for names in rounds)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_measured_row_has_unit_and_rate():
+    row = timed("cuflash", 2e-3)
+    assert (row.median, row.unit) == (2.0, "ms")
+    assert row.tflops == pytest.approx(FULL.flops("forward") / 2e-3 / 1e12)
+    assert row.workload == FULL
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(0.0, "ok"), (1.0, "ok"), (1.01, "wrong"), (math.inf, "wrong"), (math.nan, "wrong")]
+)
+def test_only_errors_within_the_allowed_one_are_right(error, status):
+    row = Row.of("forward", "forward", "cuflash", FULL).checked(error)
+    assert (row.status, row.is_bad) == (status, status == "wrong")
+
+
+def test_results_survive_the_file(tmp_path):
+    rows = [
+        timed("cuflash", 1.5e-3),
+        replace(timed("sdpa-fa2", 1e-3, CAUSAL), median=None, status="skipped", note='a, "b"'),
+    ]
+    run = Results("forward", CONTEXT, {"quick": True}, rows)
+    path = run.save(tmp_path / "device")
+    (loaded,) = load_all(tmp_path)
+    assert (loaded.suite, loaded.context, loaded.options) == ("forward", CONTEXT, {"quick": True})
+    assert loaded.rows[0].tflops == pytest.approx(rows[0].tflops, rel=1e-4)
+    assert loaded.rows[1] == replace(rows[1], tflops=loaded.rows[1].tflops)
+    lines = path.with_suffix(".csv").read_text().splitlines()
+    assert lines[0].startswith("suite,measure,provider,dtype")
+    assert len(lines) == 3
+    assert json.loads(path.read_text())["rows"][0]["provider"] == "cuflash"
+
+
+# --- report ---------------------------------------------------------------------------------------
+
+
+def test_geometric_mean():
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_speedup_is_their_time_over_ours():
+    case = {row.provider: row for row in (timed("cuflash", 2e-3), timed("a", 3e-3), timed("b", 1e-3))}
+    assert report.speedup(case, "a") == pytest.approx(1.5)
+    assert report.speedup(case, report.BEST) == pytest.approx(0.5)
+    assert report.speedup(case, "absent") is None
+    del case["cuflash"]
+    assert report.speedup(case, "a") is None
+
+
+def test_another_way_to_call_cuflash_is_no_peer():
+    case = {row.provider: row for row in (timed("cuflash", 2e-3), timed("cuflash-cupy", 1e-3))}
+    assert report.speedup(case, report.BEST) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (0.01234, "0.0123"), (1.0, "1.00"), (56.78, "56.8"), (1234.5, "1234")]
+)
+def test_significant_digits(value, text):
+    assert report.significant(value) == text
+
+
+def sample_run() -> Results:
+    skipped = replace(Row.of("forward", "forward", "b", CAUSAL), status="skipped", note="serves no causal mask")
+    wrong = Row.of("forward", "forward", "c", FULL).checked(math.nan)
+    rows = [timed("cuflash", 1e-3), timed("b", 2e-3), wrong, timed("cuflash", 1e-3, CAUSAL), skipped]
+    return Results("forward", CONTEXT, {}, rows)
+
+
+def test_tables_say_who_is_missing_and_who_is_wrong():
+    page = report.full_report([sample_run()], {})
+    lines = page.splitlines()
+    full = next(line for line in lines if line.startswith("| forward | bfloat16 2x4x128x64 full"))
+    causal = next(line for line in lines if line.startswith("| forward | bfloat16 2x4x128x64 causal"))
+    assert full.endswith("| **wrong** | 2.00 |")
+    assert causal.endswith("| - | - | - |")
+    assert "* b: skipped, serves no causal mask" in lines
+    assert "| forward | bfloat16 | b | 1 | 2.00 | 2.00 to 2.00 |" in lines
+    assert "Some GPU, CUDA 13.0, commit abc; 2030-01-02." in lines
+    widths = {line.count("|") for line in lines if line.startswith("| forward | bfloat16 2x4")}
+    assert len(widths) == 1
+
+
+def test_ratio_table_has_a_best_peer_where_there_are_several():
+    rows = [timed("cuflash", 1e-3), timed("a", 2e-3), timed("b", 4e-3), timed("c", 3e-3, CAUSAL)]
+    rows.append(timed("cuflash", 1e-3, CAUSAL))
+    lines = report.ratio_table([Results("forward", CONTEXT, {}, rows)]).splitlines()
+    assert lines[2] == "| forward | bfloat16 | best peer | 2 | 2.45 | 2.00 to 3.00 |"
+    assert [line.split(" | ")[2] for line in lines[3:]] == ["a", "b", "c"]
+    assert report.ratio_table([Results("host", CONTEXT, {}, rows[:1])]) == ""
+
+
+def test_fill_replaces_the_block_and_nothing_else():
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.fill(page, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.fill(report.fill(page, "new"), "new") == report.fill(page, "new")
+    with pytest.raises(ValueError, match="performance:begin"):
+        report.fill("no marks", "new")
+
+
+def test_report_writes_page_plot_and_block(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{report.BEGIN}\n{report.END}\n")
+    results = tmp_path / "bench" / "results"
+    assert report.write(results, readme) == 1
+    sample_run().save(results / "some-gpu")
+    cpu_row = replace(timed("cuflash", 0.2), suite="cpu")
+    Results("cpu", CONTEXT, {}, [cpu_row, replace(cpu_row, provider="torch")]).save(results / "some-cpu")
+    assert report.write(results, readme) == 0
+    block = readme.read_text()
+    assert "### Some GPU\n" in block
+    assert "### Some CPU, 2 cores\n" in block
+    assert "[bench/results/README.md](bench/results/README.md)" in block
+    assert "| forward | bfloat16 | b | 1 | 2.00 | 2.00 to 2.00 |" in block
+    if (results / "some-gpu.png").exists():  # matplotlib is optional
+        assert "(bench/results/some-gpu.png)" in block
+    assert not (results / "some-cpu-2-cores.png").exists()
+    report.write(results, readme)
+    assert readme.read_text() == block
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def test_every_suite_parses_its_options_and_refuses_others(capsys):
+    parser = make_parser()
+    asked = parser.parse_args(["forward", "--dims", "64,128", "--dtype", "float16", "--providers", "cuflash,sdpa"])
+    assert (asked.dims, asked.lens, asked.dtype) == ((64, 128), (), ("float16",))
+    assert asked.providers == ("cuflash", "sdpa")
+    for name, suite in SUITES.items():
+        assert parser.parse_args([name]).command == name
+        if "lens" not in suite.options:
+            with pytest.raises(SystemExit):
+                parser.parse_args([name, "--lens", "1024"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["forward", "--dtype", "int8"])
+    assert "none of float16, bfloat16, float32" in capsys.readouterr().err
+
+
+# --- answers and contestants, which need PyTorch -----------------------------------------------------
+
+
+def modules():
+    """The modules that import PyTorch, which is optional."""
+    pytest.importorskip("torch")
+    from bench import check, providers, runner
+
+    return check, providers, runner
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_reference_agrees_with_pytorch_and_catches_a_mistake(dtype, is_causal, monkeypatch):
+    check, providers, _ = modules()
+    monkeypatch.setattr(check, "CHUNK_ELEMENTS", 4 * 48 * 7)  # several chunks, the last one short
+    workload = Workload(dtype, 2, 4, 48, 16, is_causal, num_heads_kv=2)
+    inputs = check.Inputs.random(workload, "cpu")
+    reference = check.Reference(workload, inputs)
+    result = providers.PROVIDERS["sdpa-math"].forward_backward(workload, inputs)()
+    assert reference.error("forward+backward", result) <= 1
+    assert reference.error("forward", result[:1]) <= 1
+    for damaged in range(4):
+        wrong = [tensor.clone() for tensor in result]
+        wrong[damaged][-1, -1, -1, -1] += 0.5
+        assert reference.error("forward+backward", wrong) > 1
+        wrong[damaged][-1, -1, -1, -1] = math.nan
+        assert math.isnan(reference.error("forward+backward", wrong))
+
+
+def test_rows_that_see_nothing_are_zero():
+    check, _, _ = modules()
+    workload = Workload("float32", 1, 1, 6, 8, True, seqlen_k=2)
+    inputs = check.Inputs.random(workload, "cpu")
+    exact = check.dense(workload, inputs.q[0], inputs.k[0, 0], inputs.v[0, 0], inputs.d_out[0])
+    assert float(exact["out"][0, :4].abs().max()) == float(exact["d_q"][0, :4].abs().max()) == 0.0
+    assert all(bool(tensor.isfinite().all()) for tensor in exact.values())
+
+
+def test_providers_say_what_they_do_not_serve():
+    _, providers, _ = modules()
+    known = providers.PROVIDERS
+    assert known["cuflash"].unsupported(Workload("float32", 1, 4, 5, 333, True, 2, 9)) is None
+    assert known["sdpa-fa2"].unsupported(FULL) is None
+    assert "float32" in known["sdpa-fa2"].unsupported(replace(FULL, dtype="float32"))
+    assert "257" in known["sdpa-cudnn"].unsupported(replace(FULL, head_dim=257))
+    assert "grouped" in known["sdpa-efficient"].unsupported(replace(FULL, num_heads_kv=2))
+    assert "top-left" in known["sdpa"].unsupported(replace(CAUSAL, seqlen_k=256))
+    with pytest.raises(ValueError, match=r"unknown provider nobody; known: cuflash, "):
+        providers.select(["cuflash", "nobody"])
+
+
+def test_run_case_skips_checks_then_times(capsys):
+    _, _, runner = modules()
+
+    def refuse():
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    def answer(value):
+        return lambda: Call(lambda: (value,))
+
+    candidates = [
+        runner.Candidate("cuflash", answer(0.5)),
+        runner.Candidate("off", answer(2.0)),
+        runner.Candidate("unable", answer(0.0), "serves nothing"),
+        runner.Candidate("declines", refuse),
+        runner.Candidate("cuflash-other", refuse),
+    ]
+    case = runner.Case("forward", "forward", FULL, "us")
+    timer = WallTimer()
+    rows = {row.provider: row for row in runner.run_case(case, candidates, lambda _, call: call()[0], timer, 2)}
+    assert [rows[name].status for name in rows] == ["ok", "wrong", "skipped", "skipped", "failed"]
+    assert list(rows) == [candidate.name for candidate in candidates]
+    assert rows["cuflash"].median > 0
+    assert rows["cuflash"].error == 0.5
+    assert rows["off"].median is None
+    assert "2" in rows["off"].note
+    assert rows["unable"].note == "serves nothing"
+    assert "No available kernel" in rows["declines"].note
+    assert rows["cuflash-other"].is_bad
+    assert "cuflash-other" in capsys.readouterr().out
+
+
+def test_transformer_block_is_right_and_differentiable(monkeypatch):
+    _, providers, _ = modules()
+    from bench import step
+
+    monkeypatch.setattr(step, "HIDDEN_SIZE", 32)
+    monkeypatch.setattr(step, "CHECKED_TOKENS", (2, 24))
+    workload = Workload("float32", 2, 4, 24, 8, True)
+    assert step.check_step(workload, providers.PROVIDERS["sdpa-math"], "cpu") <= 1
+    backwards = replace(providers.PROVIDERS["sdpa-math"], bind=lambda _: lambda q, k, v: q + k + v)
+    assert step.check_step(workload, backwards, "cpu") > 1
+
+
+@pytest.mark.parametrize("name", ["torch", "numpy", "cuflash"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_cpu_contestants_are_right(name, is_causal):
+    check, _, _ = modules()
+    import torch
+
+    from bench import cpu
+
+    workload = Workload("float32", 1, 2, 40, 16, is_causal)
+    inputs = check.Inputs.random(workload, "cpu")
+    reference = check.Reference(workload, inputs)
+    for measure in cpu.MEASURES:
+        result = cpu.PROVIDERS[name](measure, workload, inputs)()
+        assert reference.error(measure, [torch.as_tensor(array) for array in result]) <= 1

@@ -1,0 +1,87 @@
+"""Every configuration that a planner may choose compiles for its architecture, and the tuned ones spill nothing.
+
+NVRTC needs no GPU for this. What is collected compiles in the background, on all cores, while the tests wait for
+one result after the other. All of it is half an hour of one core, so that without --every-kernel some architectures
+compile one configuration per kernel, arithmetic and head dims.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from cuflash import compile as compiler
+from cuflash import configs
+
+pytest.importorskip("cupy")
+
+Compilation = tuple[configs.Config, int]
+
+REGISTERS_PER_BLOCK = 65536
+
+
+#: Architectures whose tables are compiled to the last row; those of the others differ from one of them in tile sizes.
+COMPLETE = (90,)
+
+
+def selection(arch: int, every_kernel: bool) -> list[configs.Config]:
+    """Configurations to compile for an architecture."""
+    every = configs.all_configs(arch)
+    if every_kernel or arch in COMPLETE:
+        return every
+    chosen: dict[tuple[object, ...], configs.Config] = {}
+    for config in every:
+        fields = (getattr(config, name, None) for name in ("mma", "dtype", "head_dim", "head_dim_v"))
+        chosen.setdefault((type(config), *fields), config)
+    return list(chosen.values())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "config" in metafunc.fixturenames:
+        every_kernel = metafunc.config.getoption("--every-kernel")
+        pairs = [(config, arch) for arch in configs.ARCHS for config in selection(arch, every_kernel)]
+        ids = [f"sm_{arch}-{config.name}" for config, arch in pairs]
+        metafunc.parametrize(("config", "arch"), pairs, ids=ids)
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[configs.Config, int], compiler.Compiled]]:
+    """Wait for the compilation of a configuration; all of them are under way."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    futures: dict[Compilation, Future[compiler.Compiled]] = {}
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.originalname == "test_compiles":
+            config, arch = item.callspec.params["config"], item.callspec.params["arch"]
+            futures[config, arch] = pool.submit(compiler.compile_cubin, config, arch)
+
+    def result(config: configs.Config, arch: int) -> compiler.Compiled:
+        try:
+            return futures.pop((config, arch)).result()
+        except ImportError as error:
+            pytest.skip(f"no NVRTC: {error}")
+
+    yield result
+    pool.shutdown(cancel_futures=True)
+
+
+def test_compiles(
+    config: configs.Config, arch: int, compiled: Callable[[configs.Config, int], compiler.Compiled]
+) -> None:
+    result = compiled(config, arch)
+    assert result.cubin.startswith(b"\x7fELF")
+    assert "warning" not in result.log
+    assert result.registers * config.threads <= REGISTERS_PER_BLOCK
+    if getattr(config, "tuned", True):
+        assert result.spill_bytes == 0, f"spills {result.spill_bytes} bytes with {result.registers} registers"
+
+
+@pytest.mark.parametrize("arch", configs.ARCHS)
+def test_tables_are_feasible_and_named_apart(arch: int) -> None:
+    every = configs.all_configs(arch)
+    assert every
+    for config in every:
+        assert configs.feasible(config, arch), f"{config.name} does not fit sm_{arch}"
+        assert config.threads <= 1024
+    names = [config.name for config in every]
+    assert len(set(names)) == len(names)

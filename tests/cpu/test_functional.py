@@ -1,0 +1,491 @@
+"""The public functions around the kernels: batch axes, layouts, results in place, merging, calls on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cuflash
+from cuflash import arrays, cpu, functional, reference
+from cuflash.arrays import ArrayView, NumPyArrays
+from cuflash.scores import make_band
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+def random(*shape: int, dtype: Any = np.float64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def dtype_or_skip(name: str) -> np.dtype:
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+def assert_close(actual: Any, desired: Any) -> None:
+    np.testing.assert_allclose(actual, desired, rtol=1e-11, atol=1e-11)
+
+
+# --------------------------------------------------------------------------------------------------- batch axes
+
+
+@st.composite
+def broadcast_operands(draw: st.DrawFn) -> tuple[np.ndarray, ...]:
+    """q, k and v whose batch axes broadcast: some missing, some 1, some strided."""
+    batch = draw(st.lists(st.integers(1, 3), max_size=3))
+    heads_kv = draw(st.integers(1, 2))
+    seqlen_q, seqlen_k, dim, dim_v = (draw(st.integers(1, 4)) for _ in range(4))
+    core = (
+        (heads_kv * draw(st.integers(1, 2)), seqlen_q, dim),
+        (heads_kv, seqlen_k, dim),
+        (heads_kv, seqlen_k, dim_v),
+    )
+    operands = []
+    for seed, last in enumerate(core):
+        own = [draw(st.sampled_from([size, 1])) for size in batch[draw(st.integers(0, len(batch))) :]]
+        array = random(*own, *last, seed=seed)
+        if own and draw(st.booleans()):
+            array = np.repeat(array, 2, axis=0)[::2]
+        if own and draw(st.booleans()):
+            array = array[::-1]
+        operands.append(array)
+    return tuple(operands)
+
+
+@given(operands=broadcast_operands(), is_causal=st.booleans())
+def test_batch_axes_broadcast_as_a_loop_would(operands, is_causal):
+    q, k, v = operands
+    out, lse = cuflash.attention(q, k, v, is_causal=is_causal, return_lse=True)
+    batch = np.broadcast_shapes(*(x.shape[:-3] for x in operands))
+    assert out.shape == (*batch, *q.shape[-3:-1], v.shape[-1])
+    assert lse.shape == out.shape[:-1]
+    d_out, d_lse = random(*out.shape, seed=3), random(*lse.shape, seed=4)
+    found = cuflash.attention_backward(d_out, q, k, v, out, lse, d_lse=d_lse, is_causal=is_causal)
+
+    whole = [np.broadcast_to(x, (*batch, *x.shape[-3:])) for x in operands]
+    wanted = [np.zeros(x.shape) for x in operands]
+    sums = [np.broadcast_to(x, (*batch, *x.shape[-3:])) for x in wanted]
+    for x in sums:
+        x.flags.writeable = True  # adding to a broadcast view is the sum that a gradient is
+    for index in np.ndindex(batch):
+        part = [x[index] for x in whole]
+        part_out, part_lse = cuflash.attention(*part, is_causal=is_causal, return_lse=True)
+        assert_close(out[index], part_out)
+        assert_close(lse[index], part_lse)
+        gradients = cuflash.attention_backward(
+            d_out[index], *part, part_out, part_lse, d_lse=d_lse[index], is_causal=is_causal
+        )
+        for total, gradient in zip(sums, gradients, strict=False):
+            total[index] += gradient
+    for gradient, desired, operand in zip(found, wanted, operands, strict=False):
+        assert gradient.shape == operand.shape
+        assert_close(gradient, desired)
+
+
+def test_matrices_are_one_head_without_batch():
+    q, k, v = random(3, 4), random(5, 4), random(5, 2)
+    out, lse = cuflash.attention(q, k, v, return_lse=True)
+    assert out.shape == (3, 2)
+    assert lse.shape == (3,)
+    wanted, wanted_lse = reference.attention(q[None, None], k[None, None], v[None, None], scale=0.5)
+    assert_close(out, wanted[0, 0])
+    assert_close(lse, wanted_lse[0, 0])
+    gradients = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
+    assert [x.shape for x in gradients[:3]] == [q.shape, k.shape, v.shape]
+
+
+def test_matrices_of_keys_serve_every_head():
+    q, k, v = random(2, 6, 3, 4), random(5, 4), random(5, 2)
+    out, lse = cuflash.attention(q, k, v, return_lse=True)
+    assert_close(out, cuflash.attention(q, np.broadcast_to(k, (2, 6, 5, 4)), np.broadcast_to(v, (2, 6, 5, 2))))
+    d_out = random(*out.shape, seed=1)
+    _, d_k, d_v, _, _ = cuflash.attention_backward(d_out, q, k, v, out, lse)
+    whole = np.broadcast_to(k, (2, 1, 5, 4)), np.broadcast_to(v, (2, 1, 5, 2))
+    wanted = cuflash.attention_backward(d_out, q, *whole, out, lse)
+    assert_close(d_k, wanted.d_k.sum((0, 1)))
+    assert_close(d_v, wanted.d_v.sum((0, 1)))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_gradients_of_broadcast_operands_are_summed_in_float32(name):
+    """2048 ones in a row are 2048 in float16 however many follow, and bfloat16 stops at 256."""
+    dtype = dtype_or_skip(name)
+    batch = 4096
+    q, k = np.zeros((batch, 1, 1, 1), dtype), np.zeros((1, 1, 1), dtype)
+    v = np.ones((1, 1, 1), dtype)
+    out, lse = cuflash.attention(q, k, v, return_lse=True)
+    gradients = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
+    assert gradients.d_v.dtype == dtype
+    assert float(gradients.d_v[0, 0, 0]) == batch
+    assert gradients.d_bias is None
+    assert gradients.d_sinks is None
+
+
+# -------------------------------------------------------------------------------------- layouts, dtypes, results
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"window": (2, 1), "q_offset": 1, "scale": -0.3}], ids=str
+)
+def test_agrees_with_the_reference(name, layout, options):
+    dtype = dtype_or_skip(name)
+    q, k, v, d_out = (
+        x.astype(dtype) for x in (random(2, 4, 5, 8), random(2, 2, 7, 8), random(2, 2, 7, 3), random(2, 4, 5, 3))
+    )
+    d_lse = random(2, 4, 5).astype(np.float64 if name == "float64" else np.float32)
+    band = make_band(options.get("is_causal", False), options.get("window"), options.get("q_offset"), 5, 7)
+    scale = options.get("scale", 8**-0.5)
+    wanted, wanted_lse = reference.attention(q, k, v, band=band, scale=scale)
+    wanted_gradients = reference.attention_backward(d_out, q, k, v, band=band, scale=scale, d_lse=d_lse)
+
+    def arranged(x: np.ndarray) -> np.ndarray:
+        return x if layout == "bhsd" else x.swapaxes(1, 2)
+
+    operands = [arranged(x) for x in (q, k, v)]
+    out, lse = cuflash.attention(*operands, layout=layout, return_lse=True, **options)
+    gradients = cuflash.attention_backward(arranged(d_out), *operands, out, lse, d_lse=d_lse, layout=layout, **options)
+    assert out.dtype == dtype
+    assert lse.dtype == d_lse.dtype
+    assert out.flags.c_contiguous
+    tolerance = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-5, "float64": 1e-12}[name]
+    for actual, desired in zip(
+        (arranged(out), lse, *map(arranged, gradients[:3])), (wanted, wanted_lse, *wanted_gradients), strict=True
+    ):
+        np.testing.assert_allclose(actual.astype(np.float64), desired, rtol=tolerance, atol=tolerance)
+
+
+def test_lse_may_have_any_strides_in_the_backward_pass():
+    q, k, v = random(2, 4, 5, 8), random(2, 4, 7, 8), random(2, 4, 7, 3)
+    out, lse = cuflash.attention(q, k, v, return_lse=True)
+    d_lse = random(5, 4, 2).T
+    strided = cuflash.attention_backward(out, q, k, v, out, np.asfortranarray(lse), d_lse=d_lse)
+    usual = cuflash.attention_backward(out, q, k, v, out, lse, d_lse=d_lse.copy())
+    for actual, desired in zip(strided[:3], usual[:3], strict=True):
+        np.testing.assert_array_equal(actual, desired)
+
+
+def test_read_only_operands():
+    q, k, v = (random(3, 4, seed=seed) for seed in range(3))
+    wanted = cuflash.attention(q, k, v)
+    for x in (q, k, v):
+        x.flags.writeable = False
+    np.testing.assert_array_equal(cuflash.attention(q, k, v), wanted)
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape"),
+    [
+        ((2, 3, 0, 4), (2, 3, 5, 4)),
+        ((2, 3, 5, 4), (2, 3, 0, 4)),
+        ((2, 3, 0, 4), (2, 3, 0, 4)),
+        ((0, 3, 5, 4), (0, 3, 6, 4)),
+        ((0, 3, 5, 4), (1, 3, 6, 4)),
+        ((2, 0, 5, 4), (2, 0, 6, 4)),
+        ((2, 0, 5, 4), (2, 1, 6, 4)),
+        ((2, 3, 5, 4), (0, 2, 3, 6, 4)),
+    ],
+)
+def test_empty(q_shape, k_shape):
+    """Nothing to compute is no error: no keys give 0 and -inf, no queries give zero gradients."""
+    q, k, v = random(*q_shape), random(*k_shape), random(*k_shape)
+    out, lse = cuflash.attention(q, k, v, return_lse=True)
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+    gradients = cuflash.attention_backward(out, q, k, v, out, lse)
+    for gradient, operand in zip(gradients, (q, k, v), strict=False):
+        np.testing.assert_array_equal(gradient, np.zeros_like(operand))
+
+
+# ---------------------------------------------------------------------------------------------------------- out=
+
+
+def test_out_is_written_in_place_whatever_its_strides():
+    q, k, v = random(2, 4, 5, 8), random(2, 4, 7, 8), random(2, 4, 7, 3)
+    wanted = cuflash.attention(q, k, v)
+    memory = np.full((5, 2, 9, 4, 3), np.nan)
+    for out in (
+        np.empty_like(wanted),
+        memory[:, :, 1].transpose(1, 2, 0, 3),
+        memory[:, :, ::-2][:, :, 0].transpose(1, 2, 0, 3),
+    ):
+        assert cuflash.attention(q, k, v, out=out) is out
+        np.testing.assert_array_equal(out, wanted)
+        again, lse = cuflash.attention(q, k, v, out=out, return_lse=True)
+        assert again is out
+        assert lse.shape == (2, 4, 5)
+    assert np.isnan(memory[:, :, 2:8]).all()
+
+
+def test_out_may_lie_between_inputs_but_not_on_them():
+    memory = random(6, 4, 5, 3)  # q, k, v and out as slices of one array
+    q, k, v = (memory[i : i + 1] for i in range(3))
+    wanted = cuflash.attention(q, k, v)
+    np.testing.assert_array_equal(cuflash.attention(q, k, v, out=memory[3:4]), wanted)
+    interleaved = random(4, 5, 4, 3)
+    q, k, v, out = (interleaved[:, :, i] for i in range(4))
+    wanted = cuflash.attention(q, k, v)
+    np.testing.assert_array_equal(cuflash.attention(q, k, v, out=out), wanted)
+    for name, taken in (("q", q), ("k", k), ("v", v)):
+        with pytest.raises(ValueError, match=f"out: overlaps {name} in memory"):
+            cuflash.attention(q, k, v, out=taken)
+    shifted = random(4, 6, 3)
+    with pytest.raises(ValueError, match="out: overlaps q in memory"):
+        cuflash.attention(shifted[:, :5], k, v, out=shifted[:, 1:])
+
+
+def test_overlap_is_checked_in_every_call():
+    q, k, v = random(4, 5, 3), random(4, 5, 3, seed=1), random(4, 5, 3, seed=2)
+    cuflash.attention(q, k, v, out=np.empty_like(q))
+    with pytest.raises(ValueError, match="out: overlaps v in memory"):
+        cuflash.attention(q, k, v, out=v)
+
+
+# ------------------------------------------------------------------------------------------------ remembered calls
+
+
+@pytest.fixture
+def framework(monkeypatch):
+    """The framework of NumPy arrays, with nothing remembered."""
+    fresh = NumPyArrays()
+    monkeypatch.setitem(arrays.frameworks, np.ndarray, fresh)
+    return fresh
+
+
+def test_calls_of_one_kind_are_prepared_once(framework):
+    q = random(2, 3, 4)
+    cuflash.attention(q, q, q)
+    cuflash.attention(q + 1, q.copy(), q)
+    assert len(framework.prepared) == 1
+    for options in ({"is_causal": True}, {"scale": 2.0}, {"window": (1, 1)}, {"out": np.empty_like(q)}):
+        cuflash.attention(q, q, q, **options)
+    cuflash.attention(q[:, ::2], q, q)
+    cuflash.attention(q.astype(np.float32), *[q.astype(np.float32)] * 2)
+    assert len(framework.prepared) == 7
+
+
+def test_remembered_calls_are_bounded(framework, monkeypatch):
+    monkeypatch.setattr(functional, "MAX_PREPARED", 3)
+    q = random(2, 3, 4)
+    for scale in range(1, 8):
+        cuflash.attention(q, q, q, scale=scale)
+        assert 1 <= len(framework.prepared) <= 3
+
+
+def test_errors_are_not_remembered(framework):
+    q = random(2, 3, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="scale"):
+            cuflash.attention(q, q, q, scale=np.inf)
+    assert not framework.prepared
+
+
+# ------------------------------------------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_merged_parts_are_the_whole(name):
+    dtype = dtype_or_skip(name)
+    q, k, v = (x.astype(dtype) for x in (random(2, 4, 5, 8), random(2, 2, 9, 8), random(2, 2, 9, 3)))
+    bounds = [0, 2, 2, 7, 9]
+    outs, lses = zip(
+        *(
+            cuflash.attention(q, k[:, :, start:stop], v[:, :, start:stop], return_lse=True)
+            for start, stop in itertools.pairwise(bounds)
+        ),
+        strict=True,
+    )
+    assert np.isneginf(lses[1]).all()
+    out, lse = cuflash.merge_attention(outs, lses)
+    wanted, wanted_lse = cuflash.attention(q, k, v, return_lse=True)
+    assert (out.dtype, lse.dtype) == (wanted.dtype, wanted_lse.dtype)
+    tolerance = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-6, "float64": 1e-14}[name]
+    np.testing.assert_allclose(out.astype(float), wanted.astype(float), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(lse, wanted_lse, rtol=1e-6)
+
+
+def test_merging_differing_dtypes_gives_float32():
+    """So that a running result keeps what it has over 16-bit parts."""
+    out, lse = random(3, 4).astype(np.float32), random(3).astype(np.float32)
+    merged, merged_lse = cuflash.merge_attention([out, out.astype(np.float16)], [lse, lse])
+    assert (merged.dtype, merged_lse.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(merged, out, atol=1e-3)
+    np.testing.assert_allclose(merged_lse, lse + np.log(2), rtol=1e-6)
+    merged, _ = cuflash.merge_attention([out.astype(np.float16), out.astype(np.float64)], [lse, lse])
+    assert merged.dtype == np.float64
+
+
+def test_merging_large_statistics_does_not_overflow():
+    out = np.stack([np.zeros((2, 3)), np.ones((2, 3))])
+    merged, lse = cuflash.merge_attention(out, np.array([[1e4, -1e4], [1e4, 1e4]]))
+    np.testing.assert_array_equal(merged, [[0.5] * 3, [1.0] * 3])
+    np.testing.assert_allclose(lse, [1e4 + np.log(2), 1e4])
+
+
+def test_merging_nothing_says_nothing():
+    with np.errstate(all="raise"):
+        out, lse = cuflash.merge_attention([np.full((2, 3), np.nan)] * 2, [np.full(2, -np.inf)] * 2)
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+
+
+# ------------------------------------------------------------------------------------------- a device, on the host
+
+
+def at(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Array at an address, with strides in elements."""
+    dtype = np.dtype(dtype)
+    interface = {
+        "version": 3,
+        "data": (pointer, False),
+        "shape": shape,
+        "strides": tuple(dtype.itemsize * stride for stride in strides),
+        "typestr": dtype.str,
+    }
+    return np.asarray(type("Memory", (), {"__array_interface__": interface})())
+
+
+class HostLaunches:
+    """Stands in for `cuflash.launch`: kernels that are NumPy, on what pointers and strides say."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
+    def operand(self, problem: Any, name: str, pointer: int, strides: tuple[int, ...]) -> np.ndarray:
+        heads, seqlen = (
+            (problem.num_heads, problem.seqlen_q) if name in "q out" else (problem.num_heads_kv, problem.seqlen_k)
+        )
+        dim = problem.head_dim if name in "q k" else problem.head_dim_v
+        return at(pointer, (problem.batch, heads, seqlen, dim), (*strides, 1), problem.dtype)
+
+    def lse(self, problem: Any, pointer: int) -> np.ndarray | None:
+        heads, seqlen = problem.num_heads, problem.seqlen_q
+        shape, strides = (problem.batch, heads, seqlen), (heads * seqlen, seqlen, 1)
+        return at(pointer, shape, strides, problem.lse_dtype) if pointer else None
+
+    def ForwardCall(self, problem: Any, device: int, *strides: tuple[int, ...]) -> Any:
+        def call(q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
+            self.log.append(("forward", device, stream))
+            pointers = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
+            parts = [self.operand(problem, *each) for each in pointers]
+            cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale)
+
+        return call
+
+    def BackwardCall(self, problem: Any, device: int, *strides: tuple[int, ...]) -> Any:
+        def call(*pointers: int) -> None:
+            *operands, workspace, stream = pointers
+            at(workspace, (64,), (1,), "uint8")[...] = 1
+            self.log.append(("backward", device, stream))
+            lse, d_lse = (self.lse(problem, pointer) for pointer in operands[5:7])
+            names = ("out", "q", "k", "v", "out", "q", "k", "v")
+            addressed = zip(names, operands[:5] + operands[7:], strides, strict=True)
+            parts = [self.operand(problem, *each) for each in addressed]
+            cpu.backward(*parts[:5], lse, d_lse, *parts[5:], band=problem.band, scale=problem.scale)
+
+        call.workspace_bytes = 64
+        return call
+
+
+class DeviceArray(np.ndarray):
+    """Memory that claims to be on cuda:1."""
+
+
+class DeviceArrays(NumPyArrays):
+    """A device whose kernels run on the host; cuda:0 is the current one."""
+
+    name = "fake"
+    capability = 90
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = 0
+
+    def view(self, array: np.ndarray, name: str) -> ArrayView:
+        return replace(super().view(array, name), device=1)
+
+    def empty(self, like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        return super().empty(like, shape, dtype).view(DeviceArray)
+
+    def stream(self, device: int) -> int:
+        assert device == self.device, "the stream was read while another device was current"
+        return 7
+
+    def current_device(self) -> int:
+        return self.device
+
+    @contextlib.contextmanager
+    def use_device(self, device: int) -> Any:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    def compute_capability(self, device: int) -> int:
+        return self.capability
+
+
+@pytest.fixture
+def device(monkeypatch):
+    launches = HostLaunches()
+    monkeypatch.setattr(cuflash, "launch", launches, raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "cuflash.launch", launches)
+    launches.arrays = DeviceArrays()
+    monkeypatch.setitem(arrays.frameworks, DeviceArray, launches.arrays)
+    return launches
+
+
+DEVICE_CASES = [
+    # (shapes of q, k, v; layout; launches)
+    (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3)), "bhsd", 1),
+    (((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 3)), "bshd", 1),
+    (((3, 2, 4, 5, 8), (3, 2, 2, 7, 8), (2, 7, 3)), "bhsd", 1),
+    (((3, 2, 4, 5, 8), (2, 2, 7, 8), (3, 1, 2, 7, 3)), "bhsd", 3),
+    (((5, 8), (7, 8), (7, 3)), "bhsd", 1),
+    (((2, 4, 0, 8), (2, 2, 7, 8), (2, 2, 7, 3)), "bhsd", 0),
+]
+
+
+@pytest.mark.parametrize(("shapes", "layout", "launches"), DEVICE_CASES)
+def test_device_calls_agree_with_host_calls(device, shapes, layout, launches):
+    q, k, v = (random(*shape, seed=seed)[..., ::-1, :] for seed, shape in enumerate(shapes))
+    out, lse = cuflash.attention(q, k, v, layout=layout, is_causal=True, return_lse=True)
+    d_out, d_lse = random(*out.shape, seed=3), random(*lse.shape[::-1], seed=4).T
+    gradients = cuflash.attention_backward(d_out, q, k, v, out, lse, d_lse=d_lse, layout=layout, is_causal=True)
+
+    on_device = [x.view(DeviceArray) for x in (q, k, v)]
+    for _ in range(2):
+        found, found_lse = cuflash.attention(*on_device, layout=layout, is_causal=True, return_lse=True)
+        np.testing.assert_array_equal(found, out)
+        np.testing.assert_array_equal(found_lse, lse)
+    np.testing.assert_array_equal(cuflash.attention(*on_device, layout=layout, is_causal=True), out)
+    assert device.log == [("forward", 1, 7)] * 3 * launches
+    assert device.arrays.device == 0
+
+    device.log.clear()
+    statistics = [x.view(DeviceArray) for x in (d_out, out, lse, d_lse)]
+    found_gradients = cuflash.attention_backward(
+        statistics[0], *on_device, *statistics[1:3], d_lse=statistics[3], layout=layout, is_causal=True
+    )
+    for actual, desired in zip(found_gradients[:3], gradients[:3], strict=True):
+        np.testing.assert_array_equal(actual, desired)
+    assert device.log == [("backward", 1, 7)] * launches
+    out_of_mine = np.empty_like(out).view(DeviceArray)
+    assert cuflash.attention(*on_device, layout=layout, is_causal=True, out=out_of_mine) is out_of_mine
+    np.testing.assert_array_equal(out_of_mine, out)
+
+
+def test_devices_that_are_too_old(device):
+    q = random(2, 3, 4).view(DeviceArray)
+    device.arrays.capability = 70
+    with pytest.raises(RuntimeError, match=r"cuda:1 has compute capability 7\.0"):
+        cuflash.attention(q, q, q)
+    assert not device.log

@@ -1,0 +1,136 @@
+"""Plans: what is chosen for typical problems, written down, and what holds for every choice."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cuflash import configs
+from cuflash.plan import DeviceInfo, Plan, plan_backward, plan_forward
+from cuflash.problem import Problem
+from cuflash.scores import Band, make_band
+from tests.strategies import head_dims, lengths
+
+SNAPSHOT = Path(__file__).with_name("plans.txt")
+
+# Small enough to read, wide enough that a changed table or rule shows.
+PROBLEMS = {
+    f"{dtype} d{head_dim}" + (f" dv{head_dim_v}" if head_dim_v != head_dim else ""): Problem(
+        dtype, 4, 16, 4, 2048, 2048, head_dim, head_dim_v, head_dim**-0.5
+    )
+    for dtype, dims in {
+        "float16": ((64, 64), (128, 128), (192, 128), (256, 256), (40, 40)),
+        "bfloat16": ((128, 128),),
+        "float32": ((64, 64), (128, 128)),
+        "float64": ((64, 64),),
+    }.items()
+    for head_dim, head_dim_v in dims
+}
+PROBLEMS["float16 d64 one query"] = replace(PROBLEMS["float16 d64"], seqlen_q=1)
+PROBLEMS["float16 d64 unaligned"] = replace(PROBLEMS["float16 d64"], vectorized=False)
+PROBLEMS["float16 d64 deterministic"] = replace(PROBLEMS["float16 d64"], deterministic=True)
+PROBLEMS["float32 d64 tf32"] = replace(PROBLEMS["float32 d64"], precision="tf32")
+
+
+def supported(problem: Problem, arch: int) -> bool:
+    """Tell whether the architecture computes the problem at all; `arguments.check_device` refuses the others."""
+    return not (problem.dtype == "bfloat16" and arch < 80)
+
+
+def all_plans(problem: Problem, device: DeviceInfo) -> tuple[Plan, ...]:
+    return plan_forward(problem, device), *plan_backward(problem, device)
+
+
+def snapshot() -> str:
+    """One line per launch."""
+    lines = []
+    for arch in configs.ARCHS:
+        device = DeviceInfo.of_arch(arch)
+        for name, problem in PROBLEMS.items():
+            if not supported(problem, arch):
+                continue
+            lines.append(f"sm_{arch} {name}")
+            lines += [
+                f"    {plan.config.name}: {plan.grid} x {plan.block}, smem {plan.smem_bytes}, "
+                f"workspace {plan.workspace_bytes}"
+                for plan in all_plans(problem, device)
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def test_choices_are_those_written_down() -> None:
+    assert snapshot() == SNAPSHOT.read_text(), "if this is meant, python -m tests.cpu.test_plan writes them down anew"
+
+
+@pytest.mark.parametrize("arch", configs.ARCHS)
+def test_described_devices(arch: int) -> None:
+    device = DeviceInfo.of_arch(arch)
+    assert device.arch == arch
+    assert device.num_sms > 0
+    assert 48 * 1024 < device.smem_per_block <= device.smem_per_sm
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Any problem that the arguments may describe."""
+    dtype = draw(st.sampled_from(("float16", "bfloat16", "float32", "float64")))
+    num_heads_kv = draw(st.integers(0, 4))
+    seqlen_q, seqlen_k = draw(lengths(5000)), draw(lengths(5000))
+    head_dim = draw(head_dims())
+    band = make_band(draw(st.booleans()), None, draw(st.integers(-9999, 9999)), seqlen_q, seqlen_k)
+    return Problem(
+        dtype, draw(st.integers(0, 100_000)), num_heads_kv * draw(st.integers(1, 8)), num_heads_kv, seqlen_q, seqlen_k,
+        head_dim, draw(st.one_of(st.just(head_dim), head_dims())), 1.0, draw(st.sampled_from((Band(), band))),
+        precision=draw(st.sampled_from(("ieee", "tf32"))) if dtype == "float32" else "ieee",
+        deterministic=draw(st.booleans()), vectorized=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@given(problem=problems(), arch=st.sampled_from(configs.ARCHS))
+def test_every_problem_has_plans_that_fit(problem: Problem, arch: int) -> None:
+    if not supported(problem, arch):
+        return
+    device = DeviceInfo.of_arch(arch)
+    for plan in all_plans(problem, device):
+        assert plan.smem_bytes <= device.smem_per_block
+        assert plan.block <= 1024
+        assert 0 <= plan.grid < 2**31
+        assert configs.feasible(plan.config, arch)
+        assert plan.config.name in str(plan)
+    assert plan_forward(problem, device).workspace_bytes == 0
+
+
+@given(problem=problems(), arch=st.sampled_from(configs.ARCHS))
+def test_choice_does_not_depend_on_the_batch(problem: Problem, arch: int) -> None:
+    """A sequence gets the same bits alone and in company."""
+    if not supported(problem, arch):
+        return
+    device = DeviceInfo.of_arch(arch)
+    for plan, alone in zip(all_plans(problem, device), all_plans(replace(problem, batch=1), device), strict=True):
+        assert plan.config == alone.config
+
+
+@given(problem=problems(), arch=st.sampled_from(configs.ARCHS))
+def test_tables_list_every_choice(problem: Problem, arch: int) -> None:
+    """`all_configs` is what the tests compile, so nothing may be planned that it leaves out."""
+    listed = set(configs.all_configs(arch))
+    if supported(problem, arch):
+        for plan in all_plans(problem, DeviceInfo.of_arch(arch)):
+            assert plan.config in listed
+
+
+def test_planning_needs_no_gpu_library() -> None:
+    code = (
+        "import sys; from cuflash.plan import *; from cuflash.problem import Problem; "
+        "p = Problem('float16', 1, 1, 1, 64, 64, 64, 64, 1.0); d = DeviceInfo.of_arch(80); "
+        "plan_forward(p, d); plan_backward(p, d); print('cupy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(snapshot())

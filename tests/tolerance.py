@@ -1,0 +1,142 @@
+"""The one tolerance rule: a result has to be about as accurate as a plain program in the same dtype.
+
+With `reference` the float64 result and `naive` the plain program's (both of `cuflash.reference`), per array:
+
+    max|actual - reference| <= factor * max|naive - reference| + eps(dtype) * max|reference| + slack
+
+The factor is 2 for out and LSE, 3 for gradients; the second term is the rounding of the result itself. The slack
+covers what a plain program may miss by luck, above all on small arrays. `Yardstick` computes it as
+
+    4 * eps(accumulator) * (1 + max|score|) * magnitude   [+ eps(dtype) * magnitude for gradients]
+
+for other orders of summation, and scores rounded elsewhere, whose absolute error eps * |score| is a relative error of
+the probability; gradients start, on top of that, from an `out` that was rounded. `magnitude` is the largest value of
+the result's formula with the terms of every sum added in quadrature, so that none of them cancel, or of the result
+itself where that is larger: equal terms are rounded alike. The accumulator of 16-bit inputs being float32, the first
+part of the slack matters for float32 and float64 only.
+
+An element of `reference` that is not finite must not be finite in `actual`, and the other way round.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from cuflash import reference as ref
+from cuflash.scores import Band
+
+FORWARD_FACTOR = 2
+GRADIENT_FACTOR = 3
+
+
+def eps(dtype: Any) -> float:
+    """Distance between 1 and the next larger number of a dtype, bfloat16 included."""
+    return 2.0**-7 if np.dtype(dtype).name == "bfloat16" else float(np.finfo(dtype).eps)
+
+
+def accumulator(dtype: Any) -> np.dtype:
+    """Dtype that sums, the softmax and the LSE of inputs of `dtype` are kept in."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def assert_within(
+    actual: Any, reference: Any, naive: Any, *, dtype: Any, factor: float, slack: float = 0.0, what: str = "result"
+) -> None:
+    """Assert the rule for one array; `dtype` is that of the result."""
+    actual, reference, naive = (_host(x).astype(np.float64) for x in (actual, reference, naive))
+    assert actual.shape == reference.shape, f"{what}: shape {actual.shape}, wanted {reference.shape}"
+    finite = np.isfinite(reference)
+    wrong = np.argwhere(np.isfinite(actual) != finite)
+    assert not len(wrong), (
+        f"{what}: {len(wrong)} elements are finite where they should not be or the other way round, first at "
+        f"{tuple(wrong[0])}: {actual[tuple(wrong[0])]}, wanted {reference[tuple(wrong[0])]}"
+    )
+    infinite = np.isinf(reference)
+    np.testing.assert_array_equal(actual[infinite], reference[infinite], err_msg=what)
+    naive_error = np.max(np.abs(naive[finite] - reference[finite]), initial=0.0)
+    assert np.isfinite(naive_error), f"{what}: the plain program overflows here, so it cannot be the yardstick"
+    largest = np.max(np.abs(reference[finite]), initial=0.0)
+    # Results below the normal numbers of a dtype are rounded, or flushed, absolutely.
+    smallest = 2.0**-14 if np.dtype(dtype) == np.float16 else 2.0**-126
+    bound = factor * naive_error + eps(dtype) * largest + slack + smallest
+    error = np.abs(np.where(finite, actual, 0.0) - np.where(finite, reference, 0.0))
+    if error.size and error.max() > bound:
+        worst = np.unravel_index(error.argmax(), error.shape)
+        raise AssertionError(
+            f"{what}: error {error.max():.3e} at {tuple(int(i) for i in worst)} is over the bound {bound:.3e} "
+            f"({(error > bound).sum()} of {error.size} elements are; naive error {naive_error:.3e}, largest "
+            f"{largest:.3e}): got {actual[worst]!r}, wanted {reference[worst]!r}"
+        )
+
+
+class Yardstick:
+    """What one attention call should give: 4-D operands in (NumPy's, or CuPy's to judge on the GPU), assertions out."""
+
+    def __init__(self, q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float | None = None) -> None:
+        self.q, self.k, self.v, self.dtype = q, k, v, q.dtype
+        self.xp = xp = sys.modules[type(q).__module__.partition(".")[0]]
+        self.options = {"band": band, "scale": q.shape[3] ** -0.5 if scale is None else scale}
+        self.out, self.lse = ref.attention(q, k, v, **self.options)
+        # Scores and probabilities as (batch, heads_kv, group, seqlen_q, seqlen_k), for the magnitudes only.
+        scores = self._grouped(self._finite(q)) @ self._finite(k)[:, :, None].swapaxes(-1, -2) * self.options["scale"]
+        visible = band.visible(xp.arange(q.shape[2])[:, None], xp.arange(k.shape[2])[None, :])
+        self._max_score = _largest(scores)
+        with np.errstate(all="ignore"):
+            weights = xp.exp(scores - self._grouped(self.lse[..., None]))
+        self._squares = xp.where(visible, xp.nan_to_num(weights, nan=1.0, posinf=1.0), 0.0) ** 2
+
+    def assert_forward(self, out: Any, lse: Any = None) -> None:
+        """Assert that `out` (and `lse`) are within the rule."""
+        naive_out, _ = ref.naive(self.q, self.k, self.v, **self.options)
+        slack = self._slack(self._squares @ self._finite(self.v)[:, :, None] ** 2, self.out)
+        assert_within(out, self.out, naive_out, dtype=self.dtype, factor=FORWARD_FACTOR, slack=slack, what="out")
+        if lse is not None:
+            # The LSE is kept in the accumulator's dtype, so that is what a plain program is allowed, too.
+            precise = accumulator(self.dtype)
+            _, naive_lse = ref.naive(*(x.astype(precise) for x in (self.q, self.k, self.v)), **self.options)
+            slack = self._slack(self.xp.ones(1), self.xp.ones(1))
+            assert_within(lse, self.lse, naive_lse, dtype=precise, factor=FORWARD_FACTOR, slack=slack, what="lse")
+
+    def assert_backward(self, d_out: Any, gradients: Any, *, d_lse: Any = None) -> None:
+        """Assert that `gradients`, (d_q, d_k, d_v), are within the rule."""
+        operands = (d_out, self.q, self.k, self.v)
+        wanted = ref.attention_backward(*operands, d_lse=d_lse, **self.options)
+        naive = ref.naive_backward(*operands, d_lse=d_lse, **self.options)
+        d_out_squares = self._grouped(self._finite(d_out) ** 2)
+        delta_squares = (d_out_squares * self._grouped(self._finite(self.out) ** 2)).sum(-1, keepdims=True)
+        if d_lse is not None:
+            delta_squares += self._grouped(self._finite(d_lse[..., None]) ** 2)
+        d_scores = d_out_squares @ self._finite(self.v)[:, :, None].swapaxes(-1, -2) ** 2 + delta_squares
+        d_scores *= self._squares * self.options["scale"] ** 2
+        squares = {
+            "d_q": d_scores @ self._finite(self.k)[:, :, None] ** 2,
+            "d_k": (d_scores.swapaxes(-1, -2) @ self._grouped(self._finite(self.q) ** 2)).sum(2),
+            "d_v": (self._squares.swapaxes(-1, -2) @ d_out_squares).sum(2),
+        }
+        for (what, square), *arrays in zip(squares.items(), gradients, wanted, naive, strict=True):
+            slack = self._slack(square, arrays[1], rounding=eps(self.dtype))
+            assert_within(*arrays, dtype=self.dtype, factor=GRADIENT_FACTOR, slack=slack, what=what)
+
+    def _grouped(self, x: np.ndarray) -> np.ndarray:
+        batch, heads, *rest = x.shape
+        return x.reshape(batch, self.k.shape[1], heads // max(self.k.shape[1], 1), *rest)
+
+    def _finite(self, x: Any) -> Any:
+        return self.xp.nan_to_num(x.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _slack(self, squares: Any, result: Any, rounding: float = 0.0) -> float:
+        magnitude = max(math.sqrt(_largest(squares)), _largest(self._finite(result)))
+        return (4 * eps(accumulator(self.dtype)) * (1 + self._max_score) + rounding) * magnitude
+
+
+def _largest(x: Any) -> float:
+    return float(abs(x).max()) if x.size else 0.0
+
+
+def _host(x: Any) -> np.ndarray:
+    """Bring an array of NumPy or CuPy to the host."""
+    return x.get() if hasattr(x, "get") else np.asarray(x)
