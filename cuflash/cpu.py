@@ -30,6 +30,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,17 @@ from .scores import Band
 
 Array = np.ndarray
 
-#: Rows of a tile (queries times the query heads that share a key head), and keys of a block: their scores, or in the
-#: backward their weights and half as many keys, leave room for operands in a level-2 cache of 1 MiB.
-BLOCK_M, BLOCK_N = 384, 512
-#: Keys (forward) or rows (backward) of a block on the edge of the band: few, since half of it is wasted.
-EDGE = 128
+#: Rows of a tile (queries times the query heads that share a key head), and keys of a block (half as many in the
+#: backward, which has two arrays of scores): 1 MiB of scores, which a level-2 cache holds.
+BLOCK_M, BLOCK_N = 512, 512
+#: Keys (forward) or rows (backward) of a block on the edge of the band. Half of it is wasted, but a smaller one costs
+#: more in NumPy calls.
+EDGE = 256
 #: Key heads share a task until it has this many scores, so that short sequences need fewer NumPy calls.
 SMALL_TASK = BLOCK_M * BLOCK_N // 4
-#: Products are cut into so many rows and columns for head dims up to the third number: OpenBLAS multiplies matrices
-#: with less than a million multiply-adds where they lie, larger ones it copies. Wide heads are worth that copy.
+#: Products are cut into so many rows and columns where the head dim, with a column of ones, is at most the third
+#: number: OpenBLAS multiplies matrices with less than a million multiply-adds where they lie, and copies larger ones
+#: first. From there on the copy pays.
 CUT_M, CUT_N, CUT_DIM = 64, 128, 65
 #: Largest |score|, in base 2, for which weights need no shift.
 MAX_UNSHIFTED = 30.0
@@ -56,7 +59,6 @@ MAX_UNSHIFTED = 30.0
 MIN_ROWS_TO_BOUND = 64
 #: The backward splits the keys of a head until there are so many tasks, or parts, or parts get so short.
 MIN_TASKS, MAX_PARTS, MIN_PART = 16, 8, 1024
-
 #: Bytes of a cache line, and of the widest vector register.
 ALIGNMENT = 64
 
@@ -148,21 +150,23 @@ def backward(
         for gradient in (d_q, d_k, d_v):
             gradient[...] = 0
         return
-    rows = (d_out, q, out, lse) if d_lse is None else (d_out, q, out, lse, d_lse)
-    rows = tuple(_grouped(x, heads_kv) for x in rows)
-    d_q = _grouped(d_q, heads_kv)
-    heads_step = _heads_per_task(d_q.shape[2] * d_q.shape[3], seqlen_k)
-    num_parts = min(-(-MIN_TASKS // (batch * heads_kv)), MAX_PARTS, max(seqlen_k // MIN_PART, 1))
-    part_step = BLOCK_N * -(-seqlen_k // (BLOCK_N * num_parts))
-    parts = list(_slices(seqlen_k, part_step))
+    d_out, q, out, lse, d_q = (_grouped(x, heads_kv) for x in (d_out, q, out, lse, d_q))
+    d_lse = None if d_lse is None else _grouped(d_lse, heads_kv)
+    group, seqlen_q = q.shape[2:4]
+    num_parts = min(_ceil_div(MIN_TASKS, batch * heads_kv), MAX_PARTS, max(seqlen_k // MIN_PART, 1))
+    parts = list(_slices(seqlen_k, BLOCK_N * _ceil_div(seqlen_k, BLOCK_N * num_parts)))
 
     def task(b: int, heads: slice, part: slice, d_q_sum: _SumInOrder) -> None:
-        queries = slice(*band.query_range(part.start, part.stop, q.shape[2]))
+        queries = slice(*band.query_range(part.start, part.stop, seqlen_q))
+        seen_by = b, heads, slice(None), queries
         d_q_part = _backward_part(
-            *(x[b, heads, :, queries] for x in rows[:4]),
-            rows[4][b, heads, :, queries] if d_lse is not None else None,
+            d_out[seen_by],
+            q[seen_by],
             k[b, heads, part],
             v[b, heads, part],
+            out[seen_by],
+            lse[seen_by],
+            None if d_lse is None else d_lse[seen_by],
             d_k[b, heads, part],
             d_v[b, heads, part],
             _moved(band, queries.start - part.start),
@@ -172,7 +176,7 @@ def backward(
 
     tasks = []
     for b in range(batch):
-        for heads in _slices(heads_kv, heads_step):
+        for heads in _slices(heads_kv, _heads_per_task(group * seqlen_q, seqlen_k)):
             d_q_sum = _SumInOrder(d_q[b, heads], len(parts))
             tasks += [functools.partial(task, b, heads, part, d_q_sum) for part in parts]
     _run(tasks)
@@ -195,36 +199,42 @@ def _forward_tile(
     num_scores = heads * rows * min(BLOCK_N, k.shape[1])
     memory = _aligned((num_scores,), dtype)
     products_memory = _aligned((max(num_scores // CUT_N, heads * rows) * v.shape[2],), dtype)
-    ones = np.ones((1, BLOCK_N), dtype)
+    block_sum = np.empty((heads, 1, rows), dtype)
     smallest = _smallest_exponent(dtype)
 
     @functools.cache
-    def block(num_keys: int, start: int, stop: int) -> tuple[Array, _ScoreProduct, _WeightedSum]:
+    def block(num_keys: int, start: int, stop: int) -> tuple[Any, ...]:
         shape = (heads, num_keys, stop - start)
         weights = memory[: math.prod(shape)].reshape(shape)
         return (
             weights,
             _ScoreProduct(q_t[:, :, start:stop], weights),
             _WeightedSum(weights, v.shape[2], products_memory),
+            np.ones((1, num_keys), dtype),
+            block_sum[:, :, start:stop],
+            row_max[:, start:stop],
+            row_sum[:, None, start:stop],
+            acc[:, start:stop],
         )
 
     def attend(shifted: bool) -> None:
         acc.fill(0)
         row_sum.fill(0)
         row_max.fill(-np.inf if shifted else 0)
-        for keys, queries, hidden in _key_blocks(band, num_queries, group, k.shape[1]):
-            cut = slice(queries.start * group, queries.stop * group)
-            weights, compute_scores, add_weighted = block(keys.stop - keys.start, cut.start, cut.stop)
+        for keys, start, stop, hidden in _key_blocks(band, num_queries, group, k.shape[1]):
+            weights, compute_scores, add_values, ones, ones_sum, cut_max, cut_sum, cut_acc = block(
+                keys.stop - keys.start, start, stop
+            )
             compute_scores(np.ascontiguousarray(k[:, keys], dtype))
             if shifted:
                 if hidden is not None:
                     np.copyto(weights, -np.inf, where=hidden)
-                new_max = np.maximum(row_max[:, cut], weights.max(axis=1))
+                new_max = np.maximum(cut_max, weights.max(axis=1))
                 shift = np.where(new_max == -np.inf, 0, new_max)
-                rescale = np.exp2(row_max[:, cut] - shift)
-                row_max[:, cut] = new_max
-                row_sum[:, cut] *= rescale
-                acc[:, cut] *= rescale[:, :, None]
+                rescale = np.exp2(cut_max - shift)
+                cut_max[...] = new_max
+                cut_sum *= rescale[:, None, :]
+                cut_acc *= rescale[:, :, None]
                 weights -= shift[:, None, :]
                 if not 2 * max_score < -smallest:
                     np.maximum(weights, smallest, out=weights)
@@ -232,8 +242,9 @@ def _forward_tile(
             if hidden is not None:
                 np.copyto(weights, 0, where=hidden)
             # A product with ones is twice as fast as a sum along the first axis.
-            row_sum[:, cut] += (ones[:, : weights.shape[1]] @ weights)[:, 0]
-            add_weighted(np.ascontiguousarray(v[:, keys], dtype), acc[:, cut], hidden)
+            np.matmul(ones, weights, out=ones_sum)
+            cut_sum += ones_sum
+            add_values(np.ascontiguousarray(v[:, keys], dtype), cut_acc, hidden if shifted else None)
 
     max_score = key_norm * math.sqrt(np.square(q_t).sum(axis=1).max())  # not a number where an input is not
     bounded = max_score <= MAX_UNSHIFTED
@@ -249,11 +260,11 @@ def _forward_tile(
 def _backward_part(
     d_out: Array,
     q: Array,
+    k: Array,
+    v: Array,
     out: Array,
     lse: Array,
     d_lse: Array | None,
-    k: Array,
-    v: Array,
     d_k: Array,
     d_v: Array,
     band: Band,
@@ -263,74 +274,118 @@ def _backward_part(
 
     What belongs to queries is (heads_kv, group, queries, ...), the returned part (heads_kv, queries, group, dim).
     """
+    rows = _Rows.prepare(d_out, q, out, lse, d_lse, scale, k.shape[1])
+    for keys in _slices(k.shape[1], BLOCK_N // 2):
+        _backward_block(rows, k[:, keys], v[:, keys], d_k[:, keys], d_v[:, keys], _moved(band, -keys.start))
     heads, group, num_queries, head_dim = q.shape
-    num_keys, head_dim_v = v.shape[1:]
-    dtype = _compute_dtype(q)
-    rows = num_queries * group
+    return (rows.d_q * scale).reshape(heads, num_queries, group, head_dim)
 
-    # [q * scale | -lse] and [d_out | -delta]; their products with [k | 1] and [v | 1] are exponents and d_scores.
-    q_lse = _aligned((heads, num_queries, group, _round_up(head_dim + 1)), dtype)[..., : head_dim + 1]
-    q_lse[..., :-1] = np.multiply(q.swapaxes(1, 2), scale * LOG2_E, dtype=dtype)
-    q_lse[..., -1] = np.where(lse == -np.inf, 0, lse * -LOG2_E).swapaxes(1, 2)
-    d_out_delta = _aligned((heads, num_queries, group, _round_up(head_dim_v + 1)), dtype)[..., : head_dim_v + 1]
-    d_out_delta[..., :-1] = d_out.swapaxes(1, 2)
-    delta = np.einsum("...d,...d->...", d_out_delta[..., :-1], out.swapaxes(1, 2).astype(dtype))
-    d_out_delta[..., -1] = -delta if d_lse is None else d_lse.swapaxes(1, 2) - delta
-    q_lse = q_lse.reshape(heads, rows, head_dim + 1)
-    d_out_delta = d_out_delta.reshape(heads, rows, head_dim_v + 1)
-    lowest, q_norm, smallest = q_lse[..., -1].min(initial=0), _largest_norm(q_lse[..., :-1]), _smallest_exponent(dtype)
-    d_q = np.zeros((heads, rows, head_dim), dtype)
-    block_n = min(BLOCK_N // 2, num_keys)
-    block_m = max(min(BLOCK_M, rows), group)
-    memory = _aligned((2, _round_up(heads * block_n * block_m)), dtype)
-    products_size = heads * max(block_m, block_n, block_m * block_n // CUT_N) * max(head_dim, head_dim_v)
-    products_memory = _aligned((products_size,), dtype)
 
-    for keys in _slices(num_keys, BLOCK_N // 2):
-        k_block = _tile(k[:, keys], dtype)
-        k_norm = _largest_norm(k_block)
-        k_ones_t = _transposed_with_ones(k_block)
-        v_ones_t = _transposed_with_ones(_tile(v[:, keys], dtype))
-        d_k_block = np.zeros_like(k_block)
-        d_v_block = np.zeros((heads, k_block.shape[1], head_dim_v), dtype)
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the backward needs of its queries, as (heads_kv, rows, ...) with rows (query, member of the group)."""
 
-        @functools.cache
-        def block(
-            num_rows: int, start: int, stop: int
-        ) -> tuple[Array, Array, _ScoreProduct, _ScoreProduct, _WeightedSum, _WeightedSum, _WeightedSum]:
-            shape = (heads, num_rows, stop - start)
-            weights, d_scores = (x[: math.prod(shape)].reshape(shape) for x in memory)
-            return (
-                weights,
-                d_scores,
-                _ScoreProduct(k_ones_t[:, :, start:stop], weights),
-                _ScoreProduct(v_ones_t[:, :, start:stop], d_scores),
-                _WeightedSum(weights, head_dim_v, products_memory),
-                _WeightedSum(d_scores, head_dim, products_memory),
-                _WeightedSum(d_scores.swapaxes(1, 2), head_dim, products_memory),
-            )
+    num_queries: int
+    group: int
+    #: [q * scale * log2(e) | -lse * log2(e)], whose product with [k | 1] is the exponent of the weights.
+    q_lse: Array
+    #: [d_out | d_lse - delta], whose product with [v | 1], times the weights, is the gradient of the scores.
+    d_out_delta: Array
+    #: Sum over the keys so far.
+    d_q: Array
+    #: Largest norms of rows of q (scaled) and of d_out_delta, and the smallest of -lse.
+    q_norm: float
+    d_out_norm: float
+    min_lse: float
+    #: Scratch for weights and gradients of scores, and for products.
+    scores: Array
+    products: Array
 
-        for queries, cut, hidden in _query_blocks(_moved(band, -keys.start), num_queries, group, k_block.shape[1]):
-            chosen = slice(queries.start * group, queries.stop * group)
-            weights, d_scores, compute_exponents, compute_d_weights, add_d_v, add_d_k, add_d_q = block(
-                chosen.stop - chosen.start, cut.start, cut.stop
-            )
-            compute_exponents(q_lse[:, chosen])
-            if not lowest - q_norm * k_norm > smallest:
-                np.maximum(weights, smallest, out=weights)
-            np.exp2(weights, out=weights)
-            compute_d_weights(d_out_delta[:, chosen])
-            d_scores *= weights
-            if hidden is not None:
-                np.copyto(weights, 0, where=hidden)
-                np.copyto(d_scores, 0, where=hidden)
-            add_d_v(d_out_delta[:, chosen, :-1], d_v_block[:, cut], hidden)
-            add_d_k(q_lse[:, chosen, :-1], d_k_block[:, cut], hidden)
-            add_d_q(k_block[:, cut], d_q[:, chosen], None if hidden is None else hidden.T)
-        d_k[:, keys] = d_k_block * LN_2  # q came with scale * log2(e), of which only the scale belongs here
-        d_v[:, keys] = d_v_block
-    d_q *= scale
-    return d_q.reshape(heads, num_queries, group, head_dim)
+    @classmethod
+    def prepare(
+        cls, d_out: Array, q: Array, out: Array, lse: Array, d_lse: Array | None, scale: float, num_keys: int
+    ) -> _Rows:
+        """Stage the queries of ``_backward_part`` for blocks of up to ``num_keys`` keys."""
+        heads, group, num_queries, head_dim = q.shape
+        head_dim_v = d_out.shape[3]
+        num_rows = num_queries * group
+        dtype = _compute_dtype(q)
+        q_lse = _aligned((heads, num_queries, group, _aligned_length(head_dim + 1)), dtype)[..., : head_dim + 1]
+        np.multiply(q.swapaxes(1, 2), scale * LOG2_E, out=q_lse[..., :-1], dtype=dtype)
+        # A row that sees nothing has only hidden weights, but its exponents shall be numbers.
+        q_lse[..., -1] = np.where(lse == -np.inf, 0, lse * -LOG2_E).swapaxes(1, 2)
+        d_out_delta = _aligned((heads, num_queries, group, _aligned_length(head_dim_v + 1)), dtype)
+        d_out_delta = d_out_delta[..., : head_dim_v + 1]
+        d_out_delta[..., :-1] = d_out.swapaxes(1, 2)
+        delta = np.einsum("...d,...d->...", d_out_delta[..., :-1], out.swapaxes(1, 2).astype(dtype))
+        d_out_delta[..., -1] = -delta if d_lse is None else d_lse.swapaxes(1, 2) - delta
+
+        block_m, block_n = max(min(BLOCK_M, num_rows), group), min(BLOCK_N // 2, num_keys)
+        products_size = max(block_m, block_n, block_m * block_n // CUT_N) * max(head_dim, head_dim_v)
+        return cls(
+            num_queries=num_queries,
+            group=group,
+            q_lse=q_lse.reshape(heads, num_rows, head_dim + 1),
+            d_out_delta=d_out_delta.reshape(heads, num_rows, head_dim_v + 1),
+            d_q=np.zeros((heads, num_rows, head_dim), dtype),
+            q_norm=_largest_norm(q_lse[..., :-1]),
+            d_out_norm=_largest_norm(d_out_delta),
+            min_lse=float(q_lse[..., -1].min(initial=0)),
+            scores=_aligned((2, _aligned_length(heads * block_m * block_n)), dtype),
+            products=_aligned((heads * products_size,), dtype),
+        )
+
+
+def _backward_block(rows: _Rows, k: Array, v: Array, d_k: Array, d_v: Array, band: Band) -> None:
+    """Write d_k and d_v of one block of keys, add its share to the d_q of all rows."""
+    dtype = rows.q_lse.dtype
+    heads, num_keys, head_dim = k.shape
+    head_dim_v = v.shape[2]
+    k, v = _tile(k, dtype), _tile(v, dtype)
+    k_ones_t, v_ones_t = _transposed_with_ones(k), _transposed_with_ones(v)
+    d_k_sum, d_v_sum = np.zeros_like(k), np.zeros_like(v)
+    smallest = _smallest_exponent(dtype)
+    min_exponent = rows.min_lse - rows.q_norm * _largest_norm(k)
+    # Where nothing can be infinite or not a number, a hidden weight of 0 is enough to make all of its products 0.
+    tame = min_exponent > -np.inf and rows.d_out_norm * _largest_norm(v) < np.inf
+
+    @functools.cache
+    def block(num_rows: int, start: int, stop: int) -> tuple[Any, ...]:
+        shape = (heads, num_rows, stop - start)
+        weights, d_scores = (x[: math.prod(shape)].reshape(shape) for x in rows.scores)
+        return (
+            weights,
+            d_scores,
+            _ScoreProduct(k_ones_t[:, :, start:stop], weights),
+            _ScoreProduct(v_ones_t[:, :, start:stop], d_scores),
+            _WeightedSum(weights, head_dim_v, rows.products),
+            _WeightedSum(d_scores, head_dim, rows.products),
+            _WeightedSum(d_scores.swapaxes(1, 2), head_dim, rows.products),
+        )
+
+    for chosen, start, stop, hidden in _query_blocks(band, rows.num_queries, rows.group, num_keys):
+        weights, d_scores, set_exponents, set_d_weights, add_to_d_v, add_to_d_k, add_to_d_q = block(
+            chosen.stop - chosen.start, start, stop
+        )
+        q_lse, d_out_delta = rows.q_lse[:, chosen], rows.d_out_delta[:, chosen]
+        set_exponents(q_lse)
+        if not min_exponent > smallest:
+            np.maximum(weights, smallest, out=weights)
+        np.exp2(weights, out=weights)
+        if hidden is not None:
+            np.copyto(weights, 0, where=hidden)
+        set_d_weights(d_out_delta)
+        d_scores *= weights
+        if tame:
+            hidden = None
+        if hidden is not None:
+            np.copyto(d_scores, 0, where=hidden)
+        add_to_d_v(d_out_delta[:, :, :-1], d_v_sum[:, start:stop], hidden)
+        add_to_d_k(q_lse[:, :, :-1], d_k_sum[:, start:stop], hidden)
+        add_to_d_q(k[:, start:stop], rows.d_q[:, chosen], None if hidden is None else hidden.T)
+
+    d_k[...] = d_k_sum * LN_2  # q came with scale * log2(e), of which only the scale belongs here
+    d_v[...] = d_v_sum
 
 
 class _SumInOrder:
@@ -356,45 +411,51 @@ class _SumInOrder:
         self.target[...] = total.swapaxes(1, 2)
 
 
-def _key_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> Iterator[tuple[slice, slice, Array | None]]:
-    """Blocks of visible keys, the queries that see some of them, and what is hidden as (keys, rows), if anything."""
+@functools.lru_cache(maxsize=16)
+def _key_blocks(
+    band: Band, num_queries: int, group: int, num_keys: int
+) -> Sequence[tuple[slice, int, int, Array | None]]:
+    """Blocks of visible keys: the keys, the range of rows that see some of them, and what is hidden as (keys, rows)."""
+    blocks: list[tuple[slice, int, int, Array | None]] = []
     start, stop = band.key_range(0, num_queries, num_keys)
     while start < stop:
         for width in (BLOCK_N, BLOCK_N // 2, EDGE):
             end = min(start + width, stop)
             if band.is_full(0, num_queries, start, end):
-                yield slice(start, end), slice(0, num_queries), None
+                blocks.append((slice(start, end), 0, num_queries * group, None))
                 break
         else:
-            queries = slice(*band.query_range(start, end, num_queries))
-            count = queries.stop - queries.start
-            if count:
-                hidden = _hidden(_moved(band, queries.start - start), count, group, end - start)
-                yield slice(start, end), queries, hidden[1]
+            first, last = band.query_range(start, end, num_queries)
+            if first < last:
+                hidden = _hidden(_moved(band, first - start), last - first, group, end - start)
+                blocks.append((slice(start, end), first * group, last * group, hidden[1]))
         start = end
+    return blocks
 
 
+@functools.lru_cache(maxsize=32)
 def _query_blocks(
     band: Band, num_queries: int, group: int, num_keys: int
-) -> Iterator[tuple[slice, slice, Array | None]]:
-    """Blocks of queries, the keys that some of them see, and what is hidden as (rows, keys), if anything."""
+) -> Sequence[tuple[slice, int, int, Array | None]]:
+    """Blocks of rows: the rows, the range of keys that some of them see, and what is hidden as (rows, keys)."""
+    blocks: list[tuple[slice, int, int, Array | None]] = []
     start, stop = band.query_range(0, num_keys, num_queries)
     while start < stop:
         for height in (BLOCK_M, EDGE):
             end = min(start + max(height // group, 1), stop)
             if band.is_full(start, end, 0, num_keys):
-                yield slice(start, end), slice(0, num_keys), None
+                blocks.append((slice(start * group, end * group), 0, num_keys, None))
                 break
         else:
-            keys = slice(*band.key_range(start, end, num_keys))
-            count = keys.stop - keys.start
-            if count:
-                hidden = _hidden(_moved(band, start - keys.start), end - start, group, count)
-                yield slice(start, end), keys, hidden[0]
+            first, last = band.key_range(start, end, num_keys)
+            if first < last:
+                hidden = _hidden(_moved(band, start - first), end - start, group, last - first)
+                blocks.append((slice(start * group, end * group), first, last, hidden[0]))
         start = end
+    return blocks
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _hidden(band: Band, num_queries: int, group: int, num_keys: int) -> tuple[Array, Array]:
     """Which pairs of a block on the edge of the band are hidden, as (rows, keys) and as (keys, rows).
 
@@ -453,7 +514,7 @@ class _WeightedSum:
 def _transposed_with_ones(x: Array) -> Array:
     """``[x | 1].T`` per head; rows at a distance that is no power of two do not compete for the same cache lines."""
     heads, length, dim = x.shape
-    result = _aligned((heads, dim + 1, _round_up(length + 1)), x.dtype)[:, :, :length]
+    result = _aligned((heads, dim + 1, _aligned_length(length + 1)), x.dtype)[:, :, :length]
     result[:, :-1] = x.swapaxes(1, 2)
     result[:, -1] = 1
     return result
@@ -504,9 +565,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _round_up(length: int) -> int:
+def _aligned_length(length: int) -> int:
     """Next length of a row after which the next row is aligned, too."""
-    return -(-length // 16) * 16
+    return _ceil_div(length, 16) * 16
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _grouped(x: Array, heads_kv: int) -> Array:
@@ -529,23 +594,25 @@ def _heads_per_task(rows: int, seqlen_k: int) -> int:
 
 def _run(tasks: Sequence[Callable[[], None]]) -> None:
     """Run independent tasks, on as many threads as there are cores to use."""
-    num_threads = min(environment.num_threads() or _usable_cores(), len(tasks))
+    num_threads = environment.num_threads() or _usable_cores()
     queue = collections.deque(tasks)
 
     def work() -> None:
         # Scores that overflow, and what is computed of hidden pairs, are no news. The setting is each thread's own.
         with np.errstate(all="ignore"):
-            try:
-                while queue:
-                    queue.popleft()()
-            except IndexError:
-                pass  # somebody else was faster
-            except BaseException:
-                queue.clear()
-                raise
+            while True:
+                try:
+                    task = queue.popleft()
+                except IndexError:
+                    return
+                try:
+                    task()
+                except BaseException:
+                    queue.clear()
+                    raise
 
     with _single_threaded_blas():
-        helpers = [_executor(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+        helpers = [_executor(num_threads).submit(work) for _ in range(min(num_threads, len(tasks)) - 1)]
         try:
             work()
         finally:
@@ -569,29 +636,33 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_executor.cache_clear)  # threads do not survive a fork
 
 
-_blas_lock = threading.Lock()
-_blas_users = 0
-_blas_restore: Callable[[], None] = lambda: None
+class _BlasLimit:
+    """Holds BLAS to the calling thread while anyone is inside: on products this small its own threads only wait."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.undo: Callable[[], object]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if self.users == 0:
+                self.undo = _limit_blas()
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if self.users == 0:
+                    self.undo()
 
 
-@contextmanager
-def _single_threaded_blas() -> Iterator[None]:
-    """Hold BLAS to the calling thread while anyone is inside: small products gain nothing from its own threads."""
-    global _blas_users, _blas_restore
-    with _blas_lock:
-        if _blas_users == 0:
-            _blas_restore = _limit_blas()
-        _blas_users += 1
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
-                _blas_restore()
+_single_threaded_blas = _BlasLimit()
 
 
-def _limit_blas() -> Callable[[], None]:
+def _limit_blas() -> Callable[[], object]:
     """Set BLAS to one thread; return what undoes that."""
     if functions := _openblas_functions():
         get_num_threads, set_num_threads = functions
@@ -599,7 +670,8 @@ def _limit_blas() -> Callable[[], None]:
         set_num_threads(1)
         return functools.partial(set_num_threads, before)
     if controller := _threadpool_controller():
-        return controller.limit(limits=1, user_api="blas").restore_original_limits
+        undo: Callable[[], object] = controller.limit(limits=1, user_api="blas").restore_original_limits
+        return undo
     return lambda: None
 
 
@@ -620,7 +692,7 @@ def _openblas_functions() -> tuple[Any, Any] | None:
 
 @functools.lru_cache(maxsize=1)
 def _threadpool_controller() -> Any:
-    """threadpoolctl's controller, for other libraries than OpenBLAS, if it is installed."""
+    """Controller of threadpoolctl, for other libraries than OpenBLAS, if it is installed."""
     try:
         return importlib.import_module("threadpoolctl").ThreadpoolController()
     except ImportError:

@@ -78,7 +78,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     int const n_block = cfg.deterministic ? num_n_blocks - 1 - block : block;
     int const head_kv = blockIdx.x / num_n_blocks % num_heads_kv;
     int const batch = blockIdx.x / num_n_blocks / num_heads_kv;
-    int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     int lane = threadIdx.x % 32;
     int const pair = warp % kPairs;
     int const warp_row = pair * (16 * kM);
@@ -142,8 +142,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     auto wait_loads = [] {
         if constexpr (cfg.copy == Copy::kAsync) cp_async_wait<0>();
     };
-    constexpr int kBlockBarrier = 1, kPairBarrier = 2;  // kPairBarrier + pair
-    auto sync_block = [] { barrier_sync(kBlockBarrier, kThreads); };
+    constexpr int kPairBarrier = 1;  // + pair; 0 is __syncthreads
 
     // dS K of a tile, added to the workspace.
     auto add_dq = [&](Position at, int stage) {
@@ -183,12 +182,16 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     };
 
     // Tile i (and dS of tile i - 1) is in shared memory when this returns, and the next one on its way.
-    Position current = start, previous = start;
+    Position current = start;
+    auto previous = [&]() -> Position {
+        if (current.m_block > range.first) return {current.head, current.m_block - 1};
+        return {current.head - 1, range.last - 1};
+    };
     auto begin_tile = [&](int i) {
         opaque(lane);  // every address depends on it and is computed where it is used
         if constexpr (cfg.num_stages == 2) {
             wait_loads();
-            sync_block();
+            __syncthreads();
             if (i + 1 < num_tiles) {
                 Position next = current;
                 advance(next);
@@ -196,19 +199,15 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
             }
         } else {
             if (i > 0) {
-                sync_block();
+                __syncthreads();
                 if (i < num_tiles) load_queries(current, 0);
-                add_dq(previous, 0);
+                add_dq(previous(), 0);
             }
             wait_loads();
-            sync_block();
+            __syncthreads();
         }
     };
     auto stage_of = [](int i) { return cfg.num_stages == 2 ? i & 1 : 0; };
-    auto end_tile = [&] {
-        previous = current;
-        advance(current);
-    };
 
     // ---- mainloop ----
     if (num_tiles > 0) {
@@ -219,17 +218,19 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                                              seen.k_begin - k_begin, seen.k_end - k_begin, v_bytes, 32 * warp + lane);
         load_queries(start, 0);
     }
-    if (warp < kPairs) {
-        // ---- value warps: S, P, dV ----
-        float dv[kM][cfg.head_dim_v / 8][4];
-        set_zero(dv);
+    constexpr int kCols = cfg.head_dim > cfg.head_dim_v ? cfg.head_dim : cfg.head_dim_v;
+    float acc[kM][kCols / 8][4];  // dV of a value warp, dK of a key warp
+    set_zero(acc);
 #pragma unroll 1
-        for (int i = 0; i <= num_tiles; ++i) {
-            begin_tile(i);
-            int const stage = stage_of(i);
+    for (int i = 0; i <= num_tiles; ++i) {
+        begin_tile(i);
+        opaque(warp);  // else the loop may be split in two by role, and with it the barrier that all warps meet at
+        bool const is_value_warp = warp < kPairs;
+        int const stage = stage_of(i);
+        u32 const stat_lane = stat_smem + stage * Tiles::kStatBytes + acc_col(lane, 0) * 4;
+        u32 const p_lane = p_smem + pair * (kM * kSteps * 512) + lane * 16;
+        if (is_value_warp) {
             if (i < num_tiles) {
-                u32 const stat_lane = stat_smem + stage * Tiles::kStatBytes + acc_col(lane, 0) * 4;
-                u32 const p_lane = p_smem + pair * (kM * kSteps * 512) + lane * 16;
                 float p[kM][kN][4];
                 set_zero(p);
                 gemm_nt<kMma, TileK, TileQ, cfg.head_dim / step_elems(kMma)>(
@@ -253,30 +254,13 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                     for (int m = 0; m < kM; ++m)
                         st_shared_v4(p_lane + (k * kM + m) * 512, acc_to_words<kMma>(p[m], k));
                 barrier_arrive(kPairBarrier + pair, 64);
-                gemm_acc_nn<kMma, TileDO>(dv, p,
+                gemm_acc_nn<kMma, TileDO>(acc, p,
                                           lane_address_b_trans<kMma, TileDO>(do_smem + stage * TileDO::kBytes, lane));
             }
-            if (cfg.num_stages == 2 && i > 0) add_dq(previous, stage ^ 1);
-            end_tile();
-        }
-        barrier_arrive(kBlockBarrier, kThreads);
-        // ---- epilogue: dV replaces V, whose last reader, the partner, is done ----
-        acc_to_smem<kMma, TileV>(v_smem, dv, warp_row, lane);
-        __syncwarp();
-        store_tile<TileV, 16 * kM, 32, cfg.copy>(params.d_v.at(batch, head_kv, k_begin), params.d_v.row_stride,
-                                                 v_smem, warp_row, k_end - k_begin, v_bytes, lane);
-    } else {
-        // ---- key warps: dP, dS, dK ----
-        float dk[kM][cfg.head_dim / 8][4];
-        set_zero(dk);
-#pragma unroll 1
-        for (int i = 0; i <= num_tiles; ++i) {
-            begin_tile(i);
-            int const stage = stage_of(i);
-            if (cfg.num_stages == 2 && i > 0) add_dq(previous, stage ^ 1);
+            if (cfg.num_stages == 2 && i > 0) add_dq(previous(), stage ^ 1);
+        } else {
+            if (cfg.num_stages == 2 && i > 0) add_dq(previous(), stage ^ 1);
             if (i < num_tiles) {
-                u32 const stat_lane = stat_smem + stage * Tiles::kStatBytes + (cfg.block_m + acc_col(lane, 0)) * 4;
-                u32 const p_lane = p_smem + pair * (kM * kSteps * 512) + lane * 16;
                 float ds[kM][kN][4];
                 set_zero(ds);
                 gemm_nt<kMma, TileV, TileDO, cfg.head_dim_v / step_elems(kMma)>(
@@ -289,7 +273,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                     float delta[kTiles][2];
 #pragma unroll
                     for (int n = 0; n < kTiles; ++n) {
-                        uint2 const words = ld_shared_v2(stat_lane + (k * kTiles + n) * 32);
+                        uint2 const words = ld_shared_v2(stat_lane + cfg.block_m * 4 + (k * kTiles + n) * 32);
                         delta[n][0] = __uint_as_float(words.x);
                         delta[n][1] = __uint_as_float(words.y);
                     }
@@ -307,23 +291,31 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                     }
                 }
                 acc_to_smem<kMma, TileDS>(ds_smem + stage * TileDS::kBytes, ds, warp_row, lane);
-                gemm_acc_nn<kMma, TileQ>(dk, ds,
+                gemm_acc_nn<kMma, TileQ>(acc, ds,
                                          lane_address_b_trans<kMma, TileQ>(q_smem + stage * TileQ::kBytes, lane));
             }
-            end_tile();
         }
-        // ---- epilogue: dK replaces K once all warps have added their last dQ ----
-        sync_block();
-        float const scale = static_cast<float>(params.scale);
-#pragma unroll
-        for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int n = 0; n < cfg.head_dim / 8; ++n)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) dk[m][n][j] *= scale;
-        acc_to_smem<kMma, TileK>(k_smem, dk, warp_row, lane);
-        __syncwarp();
-        store_tile<TileK, 16 * kM, 32, cfg.copy>(params.d_k.at(batch, head_kv, k_begin), params.d_k.row_stride,
-                                                 k_smem, warp_row, k_end - k_begin, qk_bytes, lane);
+        advance(current);
     }
+
+    // ---- epilogue: dV replaces V, and dK replaces K, which nobody reads any more ----
+    __syncthreads();
+    bool const is_value_warp = warp < kPairs;
+    float const factor = is_value_warp ? 1.f : static_cast<float>(params.scale);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kCols / 8; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) acc[m][n][j] *= factor;
+    if (is_value_warp) {
+        acc_to_smem<kMma, TileV>(v_smem, acc, warp_row, lane);
+    } else {
+        acc_to_smem<kMma, TileK>(k_smem, acc, warp_row, lane);
+    }
+    __syncthreads();
+    store_tile<TileV, cfg.block_n, kThreads, cfg.copy>(params.d_v.at(batch, head_kv, k_begin), params.d_v.row_stride,
+                                                       v_smem, 0, k_end - k_begin, v_bytes, 32 * warp + lane);
+    store_tile<TileK, cfg.block_n, kThreads, cfg.copy>(params.d_k.at(batch, head_kv, k_begin), params.d_k.row_stride,
+                                                       k_smem, 0, k_end - k_begin, qk_bytes, 32 * warp + lane);
 }

@@ -9,6 +9,8 @@ covers what a plain program may miss by luck, above all on small arrays. `Yardst
 
     4 * eps(accumulator) * (1 + max|score|) * magnitude   [+ eps(dtype) * magnitude for gradients]
 
+(16 for float64, where the reference is no more precise than the result)
+
 for other orders of summation, and scores rounded elsewhere, whose absolute error eps * |score| is a relative error of
 the probability; gradients start, on top of that, from an `out` that was rounded. `magnitude` is the largest value of
 the result's formula with the terms of every sum added in quadrature, so that none of them cancel, or of the result
@@ -130,7 +132,9 @@ class Yardstick:
 
     def _slack(self, squares: Any, result: Any, rounding: float = 0.0) -> float:
         magnitude = max(math.sqrt(_largest(squares)), _largest(self._finite(result)))
-        return (4 * eps(accumulator(self.dtype)) * (1 + self._max_score) + rounding) * magnitude
+        # In float64 the plain program is the reference itself, and its own roundings are no smaller than ours.
+        roundings = 16 if self.dtype == np.float64 else 4
+        return (roundings * eps(accumulator(self.dtype)) * (1 + self._max_score) + rounding) * magnitude
 
 
 def _largest(x: Any) -> float:

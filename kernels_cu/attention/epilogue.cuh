@@ -5,7 +5,7 @@
 #include "../tile/fragment.cuh"
 
 // Rounds 16 * kM rows of accumulators to the element type and puts them at row `row` and column `col`
-// (multiples of 8) of a shared tile.
+// (multiples of 8) of a shared tile; columns beyond the tile's are left out.
 template <Mma kMma, class Tile, int kM, int kN>
 CUFLASH_DEVICE void acc_to_smem(u32 smem, float const (&acc)[kM][kN][4], int row, int lane, int col = 0) {
     int const byte = acc_col(lane, 0) * Tile::kElemBytes;
@@ -13,7 +13,7 @@ CUFLASH_DEVICE void acc_to_smem(u32 smem, float const (&acc)[kM][kN][4], int row
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
+        for (int n = 0; n < (8 * kN < Tile::kCols ? kN : Tile::kCols / 8); ++n)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 u32 const address = Tile::at(place, 16 * m + 8 * h, (col + 8 * n) * Tile::kElemBytes / 16);

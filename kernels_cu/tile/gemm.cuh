@@ -67,11 +67,12 @@ CUFLASH_DEVICE void gemm_nt(float (&acc)[kM][kN][4], u32 a_lane, u32 b_lane) {
     }
 }
 
-// One k-step of acc += A B with A in registers and B stored [k][n].
+// One k-step of acc += A B with A in registers and B stored [k][n]; columns of acc beyond B's stay as they are.
 template <Mma kMma, class TileB, int kM, int kN>
 CUFLASH_DEVICE void gemm_nn_step(float (&acc)[kM][kN][4], FragmentA<kMma> const (&a)[kM], u32 b_lane, int k_step) {
+    static_assert(TileB::kCols <= 8 * kN, "acc has a column for each of B");
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
+    for (int n = 0; n < TileB::kCols / 8; n += 2) {
         FragmentB<kMma> b[2];
         load_b_trans<kMma, TileB>(b, b_lane, k_step, 8 * n);
 #pragma unroll
@@ -87,8 +88,9 @@ CUFLASH_DEVICE void gemm_nn_step(float (&acc)[kM][kN][4], FragmentA<kMma> const 
 // the tile is summed from zero and added by a rounding addition.
 template <Mma kMma, class TileB, int kM, int kN, int kSteps>
 CUFLASH_DEVICE void gemm_nn_rounded(float (&acc)[kM][kN][4], FragmentA<kMma> const (&a)[kM][kSteps], u32 b_lane) {
+    static_assert(TileB::kCols <= 8 * kN, "acc has a column for each of B");
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
+    for (int n = 0; n < TileB::kCols / 8; n += 2) {
         float tile[kM][2][4];
         set_zero(tile);
 #pragma unroll
