@@ -110,6 +110,7 @@ def compile_cubin(config: Config, arch: int) -> Compiled:
             raise CompileError(f"{config.name} for sm_{arch}:\n{nvrtc.getProgramLog(program)}") from error
         log = nvrtc.getProgramLog(program)
         cubin = nvrtc.getCUBIN(program)
+        cubin += b"\0" * (-len(cubin) % 8)  # CuPy takes the last byte for the end of a string
     finally:
         nvrtc.destroyProgram(program)
     seconds = time.perf_counter() - start

@@ -40,6 +40,8 @@ from . import environment
 from .scores import Band
 
 Array = np.ndarray
+#: Blocks of a tile: the slice that they go through, the range of the other axis, and what is hidden, if anything.
+_Blocks = list[tuple[slice, int, int, Array | None]]
 
 #: Rows of a tile (queries times the query heads that share a key head), and keys of a block (half as many in the
 #: backward, which has two arrays of scores): 1 MiB of scores, which a level-2 cache holds.
@@ -84,29 +86,39 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
     heads_kv, seqlen_k = k.shape[1:3]
     if batch * num_heads * seqlen_q == 0:
         return
-    lse = np.empty(out.shape[:3], _compute_dtype(q)) if lse is None else lse
+    lse = np.empty(out.shape[:3], np.float32) if lse is None else lse
     q, out, lse = (_grouped(x, heads_kv) for x in (q, out, lse))
     group = q.shape[2]
     group_step = min(group, BLOCK_M)
     q_step = min(BLOCK_M // group_step, seqlen_q)
     norms = _key_norms(k) if seqlen_q * group >= MIN_ROWS_TO_BOUND else np.full((batch, heads_kv), np.inf)
 
+    # Scratch is each thread's own, and there are few shapes: full tiles, and what is left over at the ends.
+    scratch = threading.local()
+
+    def task(b: int, heads: slice, members: slice, tile: slice) -> None:
+        tile_q, tile_k, tile_v = q[b, heads, members, tile], k[b, heads], v[b, heads]
+        shape = (*tile_q.shape[:3], seqlen_k, *tile_q.shape[3:], *v.shape[3:])
+        tiles = vars(scratch)
+        if shape not in tiles:
+            tiles[shape] = _ForwardTile(*shape, _compute_dtype(q))
+        tiles[shape].run(
+            tile_q,
+            tile_k,
+            tile_v,
+            out[b, heads, members, tile],
+            lse[b, heads, members, tile],
+            _moved(band, tile.start),
+            scale,
+            float(norms[b, heads].max()),
+        )
+
     # The tiles with the most keys come first, so that no long one is left for the end.
     tiles = [slice(start, min(start + q_step, seqlen_q)) for start in range(0, seqlen_q, q_step)]
     tiles.sort(key=lambda tile: np.subtract(*band.key_range(tile.start, tile.stop, seqlen_k)))
     _run(
         [
-            functools.partial(
-                _forward_tile,
-                q[b, heads, members, tile],
-                k[b, heads],
-                v[b, heads],
-                out[b, heads, members, tile],
-                lse[b, heads, members, tile],
-                _moved(band, tile.start),
-                scale,
-                float(norms[b, heads].max()),
-            )
+            functools.partial(task, b, heads, members, tile)
             for tile in tiles
             for b in range(batch)
             for heads in _slices(heads_kv, _heads_per_task(q_step * group_step, seqlen_k))
@@ -182,79 +194,109 @@ def backward(
     _run(tasks)
 
 
-def _forward_tile(
-    q: Array, k: Array, v: Array, out: Array, lse: Array, band: Band, scale: float, key_norm: float
-) -> None:
-    """Forward of one tile: q and out (heads_kv, group, queries, dim), k and v (heads_kv, keys, dim)."""
-    heads, group, num_queries, head_dim = q.shape
-    dtype = _compute_dtype(q)
-    # Rows are (query, member of the group), so that a range of queries is a range of rows.
-    rows = num_queries * group
-    q_t = _aligned((heads, head_dim, num_queries, group), dtype)
-    np.multiply(q.transpose(0, 3, 2, 1), scale * LOG2_E, out=q_t, dtype=dtype)
-    q_t = q_t.reshape(heads, head_dim, rows)
-    acc = np.empty((heads, rows, v.shape[2]), dtype)
-    row_max = np.empty((heads, rows), dtype)
-    row_sum = np.empty((heads, rows), dtype)
-    num_scores = heads * rows * min(BLOCK_N, k.shape[1])
-    memory = _aligned((num_scores,), dtype)
-    products_memory = _aligned((max(num_scores // CUT_N, heads * rows) * v.shape[2],), dtype)
-    block_sum = np.empty((heads, 1, rows), dtype)
-    smallest = _smallest_exponent(dtype)
+class _ForwardTile:
+    """One thread's scratch for tiles of one shape, prepared once for many of them."""
 
-    @functools.cache
-    def block(num_keys: int, start: int, stop: int) -> tuple[Any, ...]:
+    def __init__(
+        self, heads: int, group: int, num_queries: int, num_keys: int, head_dim: int, head_dim_v: int, dtype: np.dtype
+    ) -> None:
+        # Rows are (query, member of the group), so that a range of queries is a range of rows.
+        rows = num_queries * group
+        num_scores = heads * rows * min(BLOCK_N, num_keys)
+        self.q_t = _aligned((heads, head_dim, rows), dtype)
+        self.scores = _aligned((num_scores,), dtype)
+        self.products = _aligned((max(num_scores // CUT_N, heads * rows) * head_dim_v,), dtype)
+        self.acc = _aligned((heads, rows, head_dim_v), dtype)
+        self.row_max = np.empty((heads, rows), dtype)
+        self.row_sum = np.empty((heads, rows), dtype)
+        self.block_sum = np.empty((heads, rows), dtype)
+        self.block = functools.cache(self._block)
+
+    def _block(self, num_keys: int, start: int, stop: int) -> tuple[Any, ...]:
+        """Views and products for a block of keys and a range of rows; making them takes as long as some products."""
+        heads, _, head_dim_v = self.acc.shape
+        dtype = self.acc.dtype
         shape = (heads, num_keys, stop - start)
-        weights = memory[: math.prod(shape)].reshape(shape)
+        weights = self.scores[: math.prod(shape)].reshape(shape)
         return (
             weights,
-            _ScoreProduct(q_t[:, :, start:stop], weights),
-            _WeightedSum(weights, v.shape[2], products_memory),
+            _ScoreProduct(self.q_t[:, :, start:stop], weights),
+            _WeightedSum(weights, head_dim_v, self.products),
             np.ones((1, num_keys), dtype),
-            block_sum[:, :, start:stop],
-            row_max[:, start:stop],
-            row_sum[:, None, start:stop],
-            acc[:, start:stop],
+            self.block_sum[:, None, start:stop],
+            self.row_max[:, start:stop],
+            self.row_sum[:, None, start:stop],
+            self.acc[:, start:stop],
         )
 
-    def attend(shifted: bool) -> None:
-        acc.fill(0)
-        row_sum.fill(0)
-        row_max.fill(-np.inf if shifted else 0)
-        for keys, start, stop, hidden in _key_blocks(band, num_queries, group, k.shape[1]):
-            weights, compute_scores, add_values, ones, ones_sum, cut_max, cut_sum, cut_acc = block(
+    def run(
+        self, q: Array, k: Array, v: Array, out: Array, lse: Array, band: Band, scale: float, key_norm: float
+    ) -> None:
+        """Forward of one tile: q and out (heads_kv, group, queries, dim), k and v (heads_kv, keys, dim)."""
+        heads, group, num_queries, head_dim = q.shape
+        acc, row_max, row_sum = self.acc, self.row_max, self.row_sum
+        q_t = self.q_t.reshape(heads, head_dim, num_queries, group)
+        np.multiply(q.transpose(0, 3, 2, 1), scale * LOG2_E, out=q_t, dtype=q_t.dtype)
+
+        max_score = key_norm * math.sqrt(np.square(self.q_t).sum(axis=1).max())  # nan where an input is
+        blocks = _key_blocks(band, num_queries, group, k.shape[1])
+        bounded = max_score <= MAX_UNSHIFTED
+        if bounded:
+            self._attend(k, v, blocks)
+        if not bounded or not np.isfinite(acc).all():  # values may be so large that their sum overflows, or not finite
+            self._attend_shifted(k, v, blocks, max_score)
+
+        acc /= np.where(row_sum == 0, 1, row_sum)[:, :, None]
+        out[...] = acc.reshape(heads, num_queries, group, -1).swapaxes(1, 2)
+        lse[...] = (LN_2 * (row_max + np.log2(row_sum))).reshape(heads, num_queries, group).swapaxes(1, 2)
+
+    def _attend(self, k: Array, v: Array, blocks: _Blocks) -> None:
+        """Sum over all keys with weights ``2 ** score``."""
+        dtype = self.acc.dtype
+        self.acc.fill(0)
+        self.row_sum.fill(0)
+        self.row_max.fill(0)
+        for keys, start, stop, hidden in blocks:
+            weights, set_scores, add_values, ones, block_sum, _, row_sum, acc = self.block(
                 keys.stop - keys.start, start, stop
             )
-            compute_scores(np.ascontiguousarray(k[:, keys], dtype))
-            if shifted:
-                if hidden is not None:
-                    np.copyto(weights, -np.inf, where=hidden)
-                new_max = np.maximum(cut_max, weights.max(axis=1))
-                shift = np.where(new_max == -np.inf, 0, new_max)
-                rescale = np.exp2(cut_max - shift)
-                cut_max[...] = new_max
-                cut_sum *= rescale[:, None, :]
-                cut_acc *= rescale[:, :, None]
-                weights -= shift[:, None, :]
-                if not 2 * max_score < -smallest:
-                    np.maximum(weights, smallest, out=weights)
+            set_scores(np.ascontiguousarray(k[:, keys], dtype))
             np.exp2(weights, out=weights)
             if hidden is not None:
                 np.copyto(weights, 0, where=hidden)
-            # A product with ones is twice as fast as a sum along the first axis.
-            np.matmul(ones, weights, out=ones_sum)
-            cut_sum += ones_sum
-            add_values(np.ascontiguousarray(v[:, keys], dtype), cut_acc, hidden if shifted else None)
+            np.matmul(ones, weights, out=block_sum)  # twice as fast as a sum along the first axis
+            row_sum += block_sum
+            add_values(np.ascontiguousarray(v[:, keys], dtype), acc, None)
 
-    max_score = key_norm * math.sqrt(np.square(q_t).sum(axis=1).max())  # not a number where an input is not
-    bounded = max_score <= MAX_UNSHIFTED
-    attend(shifted=not bounded)
-    if bounded and not np.isfinite(acc).all():
-        attend(shifted=True)  # values so large that their unshifted sum overflows, or that are not finite
-
-    acc /= np.where(row_sum == 0, 1, row_sum)[:, :, None]
-    out[...] = acc.reshape(heads, num_queries, group, -1).swapaxes(1, 2)
-    lse[...] = (LN_2 * (row_max + np.log2(row_sum))).reshape(heads, num_queries, group).swapaxes(1, 2)
+    def _attend_shifted(self, k: Array, v: Array, blocks: _Blocks, max_score: float) -> None:
+        """Sum over all keys with weights ``2 ** (score - largest score so far)``."""
+        dtype = self.acc.dtype
+        smallest = _smallest_exponent(dtype)
+        self.acc.fill(0)
+        self.row_sum.fill(0)
+        self.row_max.fill(-np.inf)
+        for keys, start, stop, hidden in blocks:
+            weights, set_scores, add_values, ones, block_sum, row_max, row_sum, acc = self.block(
+                keys.stop - keys.start, start, stop
+            )
+            set_scores(np.ascontiguousarray(k[:, keys], dtype))
+            if hidden is not None:
+                np.copyto(weights, -np.inf, where=hidden)
+            new_max = np.maximum(row_max, weights.max(axis=1))
+            shift = np.where(new_max == -np.inf, 0, new_max)
+            rescale = np.exp2(row_max - shift)
+            row_max[...] = new_max
+            row_sum *= rescale[:, None, :]
+            acc *= rescale[:, :, None]
+            weights -= shift[:, None, :]
+            if not 2 * max_score < -smallest:
+                np.maximum(weights, smallest, out=weights)
+            np.exp2(weights, out=weights)
+            if hidden is not None:
+                np.copyto(weights, 0, where=hidden)
+            np.matmul(ones, weights, out=block_sum)
+            row_sum += block_sum
+            add_values(np.ascontiguousarray(v[:, keys], dtype), acc, hidden)
 
 
 def _backward_part(
@@ -412,11 +454,9 @@ class _SumInOrder:
 
 
 @functools.lru_cache(maxsize=16)
-def _key_blocks(
-    band: Band, num_queries: int, group: int, num_keys: int
-) -> Sequence[tuple[slice, int, int, Array | None]]:
+def _key_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> _Blocks:
     """Blocks of visible keys: the keys, the range of rows that see some of them, and what is hidden as (keys, rows)."""
-    blocks: list[tuple[slice, int, int, Array | None]] = []
+    blocks: _Blocks = []
     start, stop = band.key_range(0, num_queries, num_keys)
     while start < stop:
         for width in (BLOCK_N, BLOCK_N // 2, EDGE):
@@ -434,11 +474,9 @@ def _key_blocks(
 
 
 @functools.lru_cache(maxsize=32)
-def _query_blocks(
-    band: Band, num_queries: int, group: int, num_keys: int
-) -> Sequence[tuple[slice, int, int, Array | None]]:
+def _query_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> _Blocks:
     """Blocks of rows: the rows, the range of keys that some of them see, and what is hidden as (rows, keys)."""
-    blocks: list[tuple[slice, int, int, Array | None]] = []
+    blocks: _Blocks = []
     start, stop = band.query_range(0, num_keys, num_queries)
     while start < stop:
         for height in (BLOCK_M, EDGE):

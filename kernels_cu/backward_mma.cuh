@@ -17,8 +17,8 @@
 //         are what limits this kernel. P goes to the partner through shared memory in register order;
 //         dS goes to everybody.
 // Order   dQ of a tile is computed one step late, beside the next tile: by value warps after their dV, by key
-//         warps before their dP, when they would wait for P. One barrier per tile is enough, and the
-//         two kinds of warps are seldom in the same phase.
+//         warps before their dP, when they would wait for P. So a tile needs one barrier of the block and one
+//         of each pair, where P changes hands, and the two kinds of warps are seldom in the same phase.
 // d_q     is summed by reductions in memory, in no particular order. With `deterministic` each warp waits until
 //         its predecessor, the same warp of the next key block, has added its part of the tile. Key
 //         blocks then run from the last to the first: under a causal mask the last one is the first
@@ -253,7 +253,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
 #pragma unroll
                     for (int m = 0; m < kM; ++m)
                         st_shared_v4(p_lane + (k * kM + m) * 512, acc_to_words<kMma>(p[m], k));
-                barrier_arrive(kPairBarrier + pair, 64);
+                barrier_sync(kPairBarrier + pair, 64);
                 gemm_acc_nn<kMma, TileDO>(acc, p,
                                           lane_address_b_trans<kMma, TileDO>(do_smem + stage * TileDO::kBytes, lane));
             }
