@@ -8,7 +8,7 @@ kernel. What is not a field (lengths, strides, scale, window) is a run-time para
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from .problem import ITEMSIZE
@@ -236,7 +236,7 @@ class BackwardConvertConfig(Config):
         return self.block_m * self.head_dim * _elem_bytes(self.mma)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return (
             f"attention_backward_convert_{self.mma}_d{self.head_dim}_m{self.block_m}_w{self.num_warps}"
             f"_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
@@ -267,7 +267,7 @@ class ForwardSimtConfig(Config):
         return _block_gemm_bytes(self.dtype, self.block_m, self.block_n, self.columns)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"attention_forward_simt_{self.dtype}_m{self.block_m}_n{self.block_n}_c{self.columns}_w{self.num_warps}"
 
 
@@ -299,7 +299,7 @@ class BackwardSimtConfig(Config):
         return _block_gemm_bytes(self.dtype, rows, cols, self.columns)
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         tile = "" if self.step == "delta" else f"_m{self.block_m}_n{self.block_n}_c{self.columns}"
         return f"attention_backward_simt_{self.step}_{self.dtype}{tile}_w{self.num_warps}"
 
@@ -310,50 +310,77 @@ def feasible(config: Config, arch: int) -> bool:
     return config.smem_bytes <= smem_limit(arch) and config.min_blocks * (config.smem_bytes + 1024) <= per_sm
 
 
-# Forward tiles: block_m, block_n, num_warps, min_blocks by head_dim. The rows for 160 KB of shared memory and
-# more are measured on an H200 (bench/README.md has the ladder); the others follow from them by arithmetic:
-# two blocks of four warps or one of eight per multiprocessor.
-_Rows = dict[int, tuple[int, int, int, int]]
-_FORWARD_16BIT: _Rows = {
-    32: (128, 128, 4, 2),
-    64: (128, 96, 4, 2),
-    96: (128, 64, 4, 2),
-    128: (128, 48, 4, 2),
-    192: (128, 64, 8, 1),
-    256: (64, 32, 4, 2),
+# Tiles by shared memory in KB (a class of architectures) and head_dim. The rows for 227 KB are measured on an
+# H200 (bench/README.md has the ladder); the others follow from them by arithmetic: what fits, in two blocks of
+# four warps or one of eight per multiprocessor.
+
+# Forward: block_m, block_n, num_warps, min_blocks.
+_ForwardRows = dict[int, tuple[int, int, int, int]]
+_FORWARD_16BIT: dict[int, _ForwardRows] = {
+    227: {
+        32: (128, 128, 4, 2),
+        64: (128, 96, 4, 2),
+        96: (128, 64, 4, 2),
+        128: (128, 48, 4, 2),
+        192: (128, 96, 8, 1),
+        256: (64, 32, 4, 1),
+    },
+    163: {
+        32: (128, 128, 4, 2),
+        64: (128, 96, 4, 2),
+        96: (128, 64, 4, 2),
+        128: (128, 48, 4, 2),
+        192: (128, 64, 8, 1),
+        256: (64, 32, 4, 1),
+    },
+    99: {
+        32: (128, 128, 4, 2),
+        64: (128, 64, 4, 2),
+        96: (128, 32, 4, 2),
+        128: (128, 32, 8, 1),
+        192: (128, 32, 8, 1),
+        256: (64, 32, 4, 1),
+    },
+    64: {
+        32: (128, 64, 4, 1),
+        64: (128, 64, 4, 1),
+        96: (128, 32, 8, 1),
+        128: (128, 32, 8, 1),
+        192: (64, 16, 4, 1),
+        256: (64, 16, 4, 1),
+    },
 }
-_FORWARD_32BIT: _Rows = {
-    32: (128, 32, 4, 2),
-    64: (128, 32, 4, 2),
-    96: (64, 32, 4, 2),
-    128: (64, 32, 4, 2),
-    192: (64, 16, 4, 1),
-    256: (64, 16, 4, 1),
+_FORWARD_32BIT: dict[int, _ForwardRows] = {
+    227: {
+        32: (128, 32, 4, 2),
+        64: (128, 32, 4, 2),
+        96: (64, 32, 4, 2),
+        128: (64, 32, 4, 2),
+        192: (64, 16, 4, 1),
+        256: (128, 16, 8, 1),
+    },
+    163: {
+        32: (128, 32, 4, 2),
+        64: (128, 32, 4, 2),
+        96: (64, 32, 4, 2),
+        128: (64, 32, 4, 1),
+        192: (64, 16, 4, 1),
+        256: (64, 16, 4, 1),
+    },
+    99: {
+        32: (128, 32, 4, 2),
+        64: (128, 32, 8, 1),
+        96: (64, 32, 4, 1),
+        128: (64, 32, 4, 1),
+        192: (64, 16, 4, 1),
+        256: (32, 16, 2, 1),
+    },
 }
-_FORWARD_16BIT_100KB: _Rows = {
-    32: (128, 128, 4, 2),
-    64: (128, 64, 4, 2),
-    96: (128, 32, 4, 2),
-    128: (128, 32, 8, 1),
-    192: (128, 32, 8, 1),
-    256: (64, 32, 4, 1),
-}
-_FORWARD_32BIT_100KB: _Rows = {
-    32: (128, 32, 4, 2),
-    64: (128, 32, 8, 1),
-    96: (64, 32, 4, 1),
-    128: (64, 32, 4, 1),
-    192: (64, 16, 4, 1),
-    256: (32, 16, 2, 1),
-}
-_FORWARD_TURING: _Rows = {
-    32: (128, 64, 4, 1),
-    64: (128, 64, 4, 1),
-    96: (128, 32, 8, 1),
-    128: (128, 32, 8, 1),
-    192: (64, 16, 4, 1),
-    256: (64, 16, 4, 1),
-}
+
+
+def _smem_class(arch: int) -> int:
+    """The tables' entry for an architecture: the largest that fits its shared memory."""
+    return max(size for size in _FORWARD_16BIT if size * 1024 <= smem_limit(arch))
 
 
 def mma_of(dtype: str, precision: str, arch: int) -> str | None:
@@ -373,14 +400,9 @@ def _copy(arch: int, vectorized: bool) -> str:
 
 def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vectorized: bool) -> ForwardMmaConfig:
     """The row of the table for one architecture; `head_dim`s are padded ones."""
-    if arch < 80:
-        table = _FORWARD_TURING
-    elif smem_limit(arch) < 160 * 1024:
-        table = _FORWARD_32BIT_100KB if mma.startswith("tf32") else _FORWARD_16BIT_100KB
-    else:
-        table = _FORWARD_32BIT if mma.startswith("tf32") else _FORWARD_16BIT
-    block_m, block_n, num_warps, min_blocks = table[max(head_dim, head_dim_v)]
-    config = ForwardMmaConfig(
+    tables = _FORWARD_32BIT if mma.startswith("tf32") else _FORWARD_16BIT
+    block_m, block_n, num_warps, min_blocks = tables[_smem_class(arch)][max(head_dim, head_dim_v)]
+    return ForwardMmaConfig(
         mma,
         _copy(arch, vectorized),
         head_dim,
@@ -391,11 +413,9 @@ def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vect
         min_blocks=min_blocks,
         tuned=vectorized,
     )
-    return config if feasible(config, arch) else replace(config, min_blocks=1)
 
 
-# Backward tiles: block_m, block_n, num_warps, num_stages, dq_warps_m, min_blocks by head_dim, for the shared
-# memory of a class of architectures in KB; 227 is measured on an H200.
+# Backward: block_m, block_n, num_warps, num_stages, dq_warps_m, min_blocks.
 _BackwardRows = dict[int, tuple[int, int, int, int, int, int]]
 _BACKWARD_16BIT: dict[int, _BackwardRows] = {
     227: {
@@ -468,11 +488,6 @@ _BACKWARD_DETERMINISTIC = {
 
 # Rows that are not worth more than being right: no tile of that size fits without spilling registers.
 _BACKWARD_TIGHT = {(64, 256)}
-
-
-def _smem_class(arch: int) -> int:
-    """The column of the tables that serves an architecture: the largest that fits its shared memory."""
-    return max(size for size in _BACKWARD_16BIT if size * 1024 <= smem_limit(arch))
 
 
 def backward_mma_config(

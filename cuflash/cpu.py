@@ -30,7 +30,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,18 +94,20 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
 
     # Scratch is each thread's own, and there are few shapes: full tiles, and what is left over at the ends.
     scratch = threading.local()
+    dtype = _compute_dtype(q)
 
     def task(b: int, heads: slice, members: slice, tile: slice) -> None:
-        tile_q, tile_k, tile_v = q[b, heads, members, tile], k[b, heads], v[b, heads]
-        shape = (*tile_q.shape[:3], seqlen_k, *tile_q.shape[3:], *v.shape[3:])
-        tiles = vars(scratch)
-        if shape not in tiles:
-            tiles[shape] = _ForwardTile(*shape, _compute_dtype(q))
-        tiles[shape].run(
+        tile_q, tile_out = q[b, heads, members, tile], out[b, heads, members, tile]
+        if not hasattr(scratch, "tiles"):
+            scratch.tiles = {}
+        shape = tile_q.shape
+        if shape not in scratch.tiles:
+            scratch.tiles[shape] = _ForwardTile(shape, seqlen_k, out.shape[4], dtype)
+        scratch.tiles[shape].run(
             tile_q,
-            tile_k,
-            tile_v,
-            out[b, heads, members, tile],
+            k[b, heads],
+            v[b, heads],
+            tile_out,
             lse[b, heads, members, tile],
             _moved(band, tile.start),
             scale,
@@ -170,20 +171,14 @@ def backward(
 
     def task(b: int, heads: slice, part: slice, d_q_sum: _SumInOrder) -> None:
         queries = slice(*band.query_range(part.start, part.stop, seqlen_q))
-        seen_by = b, heads, slice(None), queries
-        d_q_part = _backward_part(
-            d_out[seen_by],
-            q[seen_by],
-            k[b, heads, part],
-            v[b, heads, part],
-            out[seen_by],
-            lse[seen_by],
-            None if d_lse is None else d_lse[seen_by],
-            d_k[b, heads, part],
-            d_v[b, heads, part],
-            _moved(band, queries.start - part.start),
-            scale,
-        )
+        d_out_part, q_part, out_part, lse_part = (x[b, heads, :, queries] for x in (d_out, q, out, lse))
+        d_lse_part = None if d_lse is None else d_lse[b, heads, :, queries]
+        scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, part.stop - part.start)
+        for start in range(part.start, part.stop, BLOCK_N // 2):
+            keys = slice(start, min(start + BLOCK_N // 2, part.stop))
+            here = b, heads, keys
+            scratch.run(k[here], v[here], d_k[here], d_v[here], _moved(band, queries.start - start))
+        d_q_part = (scratch.d_q * scale).reshape(scratch.d_q.shape[0], -1, group, q.shape[4])
         d_q_sum.add(part.start, queries, d_q_part)
 
     tasks = []
@@ -197,9 +192,9 @@ def backward(
 class _ForwardTile:
     """One thread's scratch for tiles of one shape, prepared once for many of them."""
 
-    def __init__(
-        self, heads: int, group: int, num_queries: int, num_keys: int, head_dim: int, head_dim_v: int, dtype: np.dtype
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], num_keys: int, head_dim_v: int, dtype: np.dtype) -> None:
+        """Take the shape (heads_kv, group, queries, head_dim) of the tile of q."""
+        heads, group, num_queries, head_dim = shape
         # Rows are (query, member of the group), so that a range of queries is a range of rows.
         rows = num_queries * group
         num_scores = heads * rows * min(BLOCK_N, num_keys)
@@ -210,24 +205,26 @@ class _ForwardTile:
         self.row_max = np.empty((heads, rows), dtype)
         self.row_sum = np.empty((heads, rows), dtype)
         self.block_sum = np.empty((heads, rows), dtype)
-        self.block = functools.cache(self._block)
+        self.blocks: dict[tuple[int, int, int], tuple[Any, ...]] = {}
 
     def _block(self, num_keys: int, start: int, stop: int) -> tuple[Any, ...]:
         """Views and products for a block of keys and a range of rows; making them takes as long as some products."""
-        heads, _, head_dim_v = self.acc.shape
-        dtype = self.acc.dtype
-        shape = (heads, num_keys, stop - start)
-        weights = self.scores[: math.prod(shape)].reshape(shape)
-        return (
-            weights,
-            _ScoreProduct(self.q_t[:, :, start:stop], weights),
-            _WeightedSum(weights, head_dim_v, self.products),
-            np.ones((1, num_keys), dtype),
-            self.block_sum[:, None, start:stop],
-            self.row_max[:, start:stop],
-            self.row_sum[:, None, start:stop],
-            self.acc[:, start:stop],
-        )
+        key = num_keys, start, stop
+        if key not in self.blocks:
+            heads, _, head_dim_v = self.acc.shape
+            shape = (heads, num_keys, stop - start)
+            weights = self.scores[: math.prod(shape)].reshape(shape)
+            self.blocks[key] = (
+                weights,
+                _ScoreProduct(self.q_t[:, :, start:stop], weights),
+                _WeightedSum(weights, head_dim_v, self.products),
+                np.ones((1, num_keys), weights.dtype),
+                self.block_sum[:, None, start:stop],
+                self.row_max[:, start:stop],
+                self.row_sum[:, None, start:stop],
+                self.acc[:, start:stop],
+            )
+        return self.blocks[key]
 
     def run(
         self, q: Array, k: Array, v: Array, out: Array, lse: Array, band: Band, scale: float, key_norm: float
@@ -257,7 +254,7 @@ class _ForwardTile:
         self.row_sum.fill(0)
         self.row_max.fill(0)
         for keys, start, stop, hidden in blocks:
-            weights, set_scores, add_values, ones, block_sum, _, row_sum, acc = self.block(
+            weights, set_scores, add_values, ones, block_sum, _, row_sum, acc = self._block(
                 keys.stop - keys.start, start, stop
             )
             set_scores(np.ascontiguousarray(k[:, keys], dtype))
@@ -276,7 +273,7 @@ class _ForwardTile:
         self.row_sum.fill(0)
         self.row_max.fill(-np.inf)
         for keys, start, stop, hidden in blocks:
-            weights, set_scores, add_values, ones, block_sum, row_max, row_sum, acc = self.block(
+            weights, set_scores, add_values, ones, block_sum, row_max, row_sum, acc = self._block(
                 keys.stop - keys.start, start, stop
             )
             set_scores(np.ascontiguousarray(k[:, keys], dtype))
@@ -299,135 +296,119 @@ class _ForwardTile:
             add_values(np.ascontiguousarray(v[:, keys], dtype), acc, hidden)
 
 
-def _backward_part(
-    d_out: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    out: Array,
-    lse: Array,
-    d_lse: Array | None,
-    d_k: Array,
-    d_v: Array,
-    band: Band,
-    scale: float,
-) -> Array:
-    """Write d_k and d_v of some keys, (heads_kv, keys, dim); return their part of d_q.
+class _BackwardPart:
+    """The queries of some heads, staged for the backward, and scratch for one block of keys after the other."""
 
-    What belongs to queries is (heads_kv, group, queries, ...), the returned part (heads_kv, queries, group, dim).
-    """
-    rows = _Rows.prepare(d_out, q, out, lse, d_lse, scale, k.shape[1])
-    for keys in _slices(k.shape[1], BLOCK_N // 2):
-        _backward_block(rows, k[:, keys], v[:, keys], d_k[:, keys], d_v[:, keys], _moved(band, -keys.start))
-    heads, group, num_queries, head_dim = q.shape
-    return (rows.d_q * scale).reshape(heads, num_queries, group, head_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the backward needs of its queries, as (heads_kv, rows, ...) with rows (query, member of the group)."""
-
-    num_queries: int
-    group: int
-    #: [q * scale * log2(e) | -lse * log2(e)], whose product with [k | 1] is the exponent of the weights.
-    q_lse: Array
-    #: [d_out | d_lse - delta], whose product with [v | 1], times the weights, is the gradient of the scores.
-    d_out_delta: Array
-    #: Sum over the keys so far.
-    d_q: Array
-    #: Largest norms of rows of q (scaled) and of d_out_delta, and the smallest of -lse.
-    q_norm: float
-    d_out_norm: float
-    min_lse: float
-    #: Scratch for weights and gradients of scores, and for products.
-    scores: Array
-    products: Array
-
-    @classmethod
-    def prepare(
-        cls, d_out: Array, q: Array, out: Array, lse: Array, d_lse: Array | None, scale: float, num_keys: int
-    ) -> _Rows:
-        """Stage the queries of ``_backward_part`` for blocks of up to ``num_keys`` keys."""
-        heads, group, num_queries, head_dim = q.shape
+    def __init__(
+        self, d_out: Array, q: Array, out: Array, lse: Array, d_lse: Array | None, scale: float, num_keys: int
+    ) -> None:
+        """Take what belongs to queries as (heads_kv, group, queries, ...)."""
+        heads, self.group, self.num_queries, head_dim = q.shape
         head_dim_v = d_out.shape[3]
-        num_rows = num_queries * group
         dtype = _compute_dtype(q)
-        q_lse = _aligned((heads, num_queries, group, _aligned_length(head_dim + 1)), dtype)[..., : head_dim + 1]
+        # Rows are (query, member of the group), so that a range of queries is a range of rows.
+        rows = self.num_queries * self.group
+        by_query = (heads, self.num_queries, self.group)
+
+        # [q * scale * log2(e) | -lse * log2(e)], whose product with [k | 1] is the exponent of the weights.
+        q_lse = _aligned((*by_query, _aligned_length(head_dim + 1)), dtype)[..., : head_dim + 1]
         np.multiply(q.swapaxes(1, 2), scale * LOG2_E, out=q_lse[..., :-1], dtype=dtype)
-        # A row that sees nothing has only hidden weights, but its exponents shall be numbers.
+        # The weights of a row that sees nothing are all hidden, but its exponents shall be numbers.
         q_lse[..., -1] = np.where(lse == -np.inf, 0, lse * -LOG2_E).swapaxes(1, 2)
-        d_out_delta = _aligned((heads, num_queries, group, _aligned_length(head_dim_v + 1)), dtype)
-        d_out_delta = d_out_delta[..., : head_dim_v + 1]
+        self.q_lse = q_lse.reshape(heads, rows, head_dim + 1)
+        self.q_norm, self.min_lse = _largest_norm(q_lse[..., :-1]), float(q_lse[..., -1].min(initial=0))
+
+        # [d_out | d_lse - delta], whose product with [v | 1], times the weights, is the gradient of the scores.
+        d_out_delta = _aligned((*by_query, _aligned_length(head_dim_v + 1)), dtype)[..., : head_dim_v + 1]
         d_out_delta[..., :-1] = d_out.swapaxes(1, 2)
         delta = np.einsum("...d,...d->...", d_out_delta[..., :-1], out.swapaxes(1, 2).astype(dtype))
         d_out_delta[..., -1] = -delta if d_lse is None else d_lse.swapaxes(1, 2) - delta
+        self.d_out_delta = d_out_delta.reshape(heads, rows, head_dim_v + 1)
+        self.d_out_norm = _largest_norm(d_out_delta)
 
-        block_m, block_n = max(min(BLOCK_M, num_rows), group), min(BLOCK_N // 2, num_keys)
+        #: Sum over all keys so far.
+        self.d_q = np.zeros((heads, rows, head_dim), dtype)
+
+        block_m, block_n = max(min(BLOCK_M, rows), self.group), min(BLOCK_N // 2, num_keys)
         products_size = max(block_m, block_n, block_m * block_n // CUT_N) * max(head_dim, head_dim_v)
-        return cls(
-            num_queries=num_queries,
-            group=group,
-            q_lse=q_lse.reshape(heads, num_rows, head_dim + 1),
-            d_out_delta=d_out_delta.reshape(heads, num_rows, head_dim_v + 1),
-            d_q=np.zeros((heads, num_rows, head_dim), dtype),
-            q_norm=_largest_norm(q_lse[..., :-1]),
-            d_out_norm=_largest_norm(d_out_delta),
-            min_lse=float(q_lse[..., -1].min(initial=0)),
-            scores=_aligned((2, _aligned_length(heads * block_m * block_n)), dtype),
-            products=_aligned((heads * products_size,), dtype),
+        self.scores = _aligned((2, _aligned_length(heads * block_m * block_n)), dtype)
+        self.products = _aligned((heads * products_size,), dtype)
+        self.k, self.d_k = (_aligned((heads, block_n, head_dim), dtype) for _ in range(2))
+        self.d_v = _aligned((heads, block_n, head_dim_v), dtype)
+        # The length of their rows is no power of two, so that these do not compete for the same cache lines.
+        self.k_ones_t, self.v_ones_t = (
+            _aligned((heads, dim + 1, _aligned_length(block_n + 1)), dtype) for dim in (head_dim, head_dim_v)
         )
+        self.k_ones_t[:, -1] = self.v_ones_t[:, -1] = 1
+        self.blocks: dict[tuple[int, int, int], tuple[Any, ...]] = {}
 
+    def _block(self, num_rows: int, start: int, stop: int) -> tuple[Any, ...]:
+        """Views and products for a number of rows and a range of keys; making them takes as long as some products."""
+        key = num_rows, start, stop
+        if key not in self.blocks:
+            heads, _, head_dim = self.k.shape
+            shape = (heads, num_rows, stop - start)
+            weights, d_scores = (x[: math.prod(shape)].reshape(shape) for x in self.scores)
+            self.blocks[key] = (
+                weights,
+                d_scores,
+                _ScoreProduct(self.k_ones_t[:, :, start:stop], weights),
+                _ScoreProduct(self.v_ones_t[:, :, start:stop], d_scores),
+                _WeightedSum(weights, self.d_v.shape[2], self.products),
+                _WeightedSum(d_scores, head_dim, self.products),
+                _WeightedSum(d_scores.swapaxes(1, 2), head_dim, self.products),
+                self.k[:, start:stop],
+                self.d_k[:, start:stop],
+                self.d_v[:, start:stop],
+            )
+        return self.blocks[key]
 
-def _backward_block(rows: _Rows, k: Array, v: Array, d_k: Array, d_v: Array, band: Band) -> None:
-    """Write d_k and d_v of one block of keys, add its share to the d_q of all rows."""
-    dtype = rows.q_lse.dtype
-    heads, num_keys, head_dim = k.shape
-    head_dim_v = v.shape[2]
-    k, v = _tile(k, dtype), _tile(v, dtype)
-    k_ones_t, v_ones_t = _transposed_with_ones(k), _transposed_with_ones(v)
-    d_k_sum, d_v_sum = np.zeros_like(k), np.zeros_like(v)
-    smallest = _smallest_exponent(dtype)
-    min_exponent = rows.min_lse - rows.q_norm * _largest_norm(k)
-    # Where nothing can be infinite or not a number, a hidden weight of 0 is enough to make all of its products 0.
-    tame = min_exponent > -np.inf and rows.d_out_norm * _largest_norm(v) < np.inf
+    def run(self, k: Array, v: Array, d_k: Array, d_v: Array, band: Band) -> None:
+        """Write d_k and d_v of a block of keys, (heads_kv, keys, dim), and add its share to d_q."""
+        num_keys = k.shape[1]
+        self.k[:, :num_keys] = k
+        self.k_ones_t[:, :-1, :num_keys] = k.swapaxes(1, 2)
+        self.v_ones_t[:, :-1, :num_keys] = v.swapaxes(1, 2)
+        self.d_k.fill(0)
+        self.d_v.fill(0)
+        smallest = _smallest_exponent(self.k.dtype)
+        min_exponent = self.min_lse - self.q_norm * _largest_norm(self.k[:, :num_keys])
+        v_norm = _largest_norm(self.v_ones_t[:, :, :num_keys].swapaxes(1, 2))
+        # Where nothing can be infinite or not a number, a hidden weight of 0 is enough to make all of its products 0.
+        tame = min_exponent > -np.inf and self.d_out_norm * v_norm < np.inf
 
-    @functools.cache
-    def block(num_rows: int, start: int, stop: int) -> tuple[Any, ...]:
-        shape = (heads, num_rows, stop - start)
-        weights, d_scores = (x[: math.prod(shape)].reshape(shape) for x in rows.scores)
-        return (
-            weights,
-            d_scores,
-            _ScoreProduct(k_ones_t[:, :, start:stop], weights),
-            _ScoreProduct(v_ones_t[:, :, start:stop], d_scores),
-            _WeightedSum(weights, head_dim_v, rows.products),
-            _WeightedSum(d_scores, head_dim, rows.products),
-            _WeightedSum(d_scores.swapaxes(1, 2), head_dim, rows.products),
-        )
+        for rows, start, stop, hidden in _query_blocks(band, self.num_queries, self.group, num_keys):
+            (
+                weights,
+                d_scores,
+                set_exponents,
+                set_d_weights,
+                add_d_out,
+                add_queries,
+                add_keys,
+                keys,
+                d_keys,
+                d_values,
+            ) = self._block(rows.stop - rows.start, start, stop)
+            q_lse, d_out_delta = self.q_lse[:, rows], self.d_out_delta[:, rows]
+            set_exponents(q_lse)
+            if not min_exponent > smallest:
+                np.maximum(weights, smallest, out=weights)
+            np.exp2(weights, out=weights)
+            if hidden is not None:
+                np.copyto(weights, 0, where=hidden)
+            set_d_weights(d_out_delta)
+            d_scores *= weights
+            if tame:
+                hidden = None
+            if hidden is not None:
+                np.copyto(d_scores, 0, where=hidden)
+            add_d_out(d_out_delta[:, :, :-1], d_values, hidden)
+            add_queries(q_lse[:, :, :-1], d_keys, hidden)
+            add_keys(keys, self.d_q[:, rows], None if hidden is None else hidden.T)
 
-    for chosen, start, stop, hidden in _query_blocks(band, rows.num_queries, rows.group, num_keys):
-        weights, d_scores, set_exponents, set_d_weights, add_to_d_v, add_to_d_k, add_to_d_q = block(
-            chosen.stop - chosen.start, start, stop
-        )
-        q_lse, d_out_delta = rows.q_lse[:, chosen], rows.d_out_delta[:, chosen]
-        set_exponents(q_lse)
-        if not min_exponent > smallest:
-            np.maximum(weights, smallest, out=weights)
-        np.exp2(weights, out=weights)
-        if hidden is not None:
-            np.copyto(weights, 0, where=hidden)
-        set_d_weights(d_out_delta)
-        d_scores *= weights
-        if tame:
-            hidden = None
-        if hidden is not None:
-            np.copyto(d_scores, 0, where=hidden)
-        add_to_d_v(d_out_delta[:, :, :-1], d_v_sum[:, start:stop], hidden)
-        add_to_d_k(q_lse[:, :, :-1], d_k_sum[:, start:stop], hidden)
-        add_to_d_q(k[:, start:stop], rows.d_q[:, chosen], None if hidden is None else hidden.T)
-
-    d_k[...] = d_k_sum * LN_2  # q came with scale * log2(e), of which only the scale belongs here
-    d_v[...] = d_v_sum
+        d_k[...] = self.d_k[:, :num_keys] * LN_2  # q came with scale * log2(e), of which only the scale belongs here
+        d_v[...] = self.d_v[:, :num_keys]
 
 
 class _SumInOrder:
@@ -549,15 +530,6 @@ class _WeightedSum:
             total += summand
 
 
-def _transposed_with_ones(x: Array) -> Array:
-    """``[x | 1].T`` per head; rows at a distance that is no power of two do not compete for the same cache lines."""
-    heads, length, dim = x.shape
-    result = _aligned((heads, dim + 1, _aligned_length(length + 1)), x.dtype)[:, :, :length]
-    result[:, :-1] = x.swapaxes(1, 2)
-    result[:, -1] = 1
-    return result
-
-
 def _smallest_exponent(dtype: np.dtype) -> float:
     """Exponent of the smallest normal number: ``exp2`` takes thirty times longer on what is below."""
     return float(np.finfo(dtype).minexp)
@@ -574,7 +546,7 @@ def _key_norms(k: Array) -> Array:
     norms = np.zeros((batch, heads))
 
     def task(b: int, head: int) -> None:
-        blocks = (_tile(k[b, head, keys], _compute_dtype(k)) for keys in _slices(seqlen, BLOCK_N))
+        blocks = (k[b, head, keys].astype(_compute_dtype(k), copy=False) for keys in _slices(seqlen, BLOCK_N))
         norms[b, head] = np.max([_largest_norm(block) for block in blocks], initial=0)
 
     _run([functools.partial(task, b, head) for b in range(batch) for head in range(heads)])
@@ -584,15 +556,6 @@ def _key_norms(k: Array) -> Array:
 def _compute_dtype(x: Array) -> np.dtype:
     """Dtype of products, sums and softmax."""
     return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-
-
-def _tile(x: Array, dtype: np.dtype) -> Array:
-    """``x`` as products want it, contiguous and aligned: itself if possible."""
-    if x.dtype == dtype and x.flags.c_contiguous and x.ctypes.data % ALIGNMENT == 0:
-        return x
-    tile = _aligned(x.shape, dtype)
-    tile[...] = x
-    return tile
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -614,12 +577,14 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _grouped(x: Array, heads_kv: int) -> Array:
     """View (batch, heads, ...) as (batch, heads_kv, group, ...); splitting an axis never copies."""
-    return x.reshape(x.shape[0], heads_kv, x.shape[1] // heads_kv, *x.shape[2:])
+    batch, heads, *rest = x.shape
+    return x.reshape(batch, heads_kv, heads // heads_kv, *rest)
 
 
 def _moved(band: Band, by: int) -> Band:
     """The band as seen from query ``i`` and key ``j`` with ``i - j == by``, counted from 0 again."""
-    return Band(*(None if bound is None else bound + by for bound in (band.lower, band.upper)))
+    lower, upper = (None if bound is None else bound + by for bound in (band.lower, band.upper))
+    return Band(lower, upper)
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

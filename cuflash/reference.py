@@ -52,10 +52,11 @@ def naive_backward(
 ) -> tuple[Any, Any, Any]:
     """``attention_backward`` with every intermediate rounded to the dtype of ``q``."""
     work, rounding = _as_program_in(q.dtype)
-    d_out, *operands = (x.astype(work) for x in (d_out, q, k, v))
+    dtype = q.dtype
+    d_out, q, k, v = (x.astype(work) for x in (d_out, q, k, v))
     d_lse = None if d_lse is None else d_lse.astype(work)
-    d_q, d_k, d_v = _backward(d_out, *operands, d_lse, band, scale, rounding)
-    return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype)
+    d_q, d_k, d_v = _backward(d_out, q, k, v, d_lse, band, scale, rounding)
+    return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype)
 
 
 def _exactly(x: Any) -> Any:
