@@ -100,6 +100,9 @@ def main(question: str) -> None:
         import cupy
 
         cupy.zeros(1)  # its own start-up
+    # That of autograd: with a gradient given, its first call imports some five hundred modules.
+    one = torch.ones(1, device="cuda", requires_grad=True)
+    torch.autograd.grad(one * 1, one, torch.ones(1, device="cuda"))
     asked = json.loads(question)
     workload = Workload(**asked["workload"])
     (provider,) = select([asked["provider"]])

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -202,7 +203,10 @@ def _load(config: Config, device_id: int) -> Kernel:
         if getattr(config, "arch_specific", False) and attributes["binary_version"] != arch:
             raise CompileError(f"{config.name}: built for sm_{attributes['binary_version']}, wanted sm_{arch}a")
         handle = function.kernel.ptr
-    logger.info("%s: loaded in %.2f s, %d registers", config.name, time.perf_counter() - start, attributes["num_regs"])
+    message = f"{config.name}: loaded in {time.perf_counter() - start:.2f} s, {attributes['num_regs']} registers"
+    logger.info(message)
+    if environment.log():
+        print(f"cuflash: {message}", file=sys.stderr)
     if environment.dump():
         compile_cubin(config, arch)  # once more with NVRTC itself, for the log and the listing
     return Kernel(config, handle, attributes["num_regs"], (module, function))

@@ -67,12 +67,24 @@ class Config:
     params: ClassVar[str]
     #: Fields that only Python and the launch bounds read.
     host_fields: ClassVar[frozenset[str]] = frozenset({"min_blocks", "tuned"})
-    threads: int
+    #: Blocks per multiprocessor that registers have to suffice for.
     min_blocks: int
-    smem_bytes: int
+    #: Whether the kernel does without tensor cores.
+    is_simt: ClassVar[bool] = False
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        raise NotImplementedError
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
+        """Name of the kernel, unique among configurations."""
         raise NotImplementedError
 
     @property
@@ -113,7 +125,7 @@ class ForwardMmaConfig(Config):
     params: ClassVar[str] = "ForwardParams"
 
     @property
-    def threads(self) -> int:  # type: ignore[override]
+    def threads(self) -> int:
         return 32 * self.num_warps
 
     @property
@@ -121,13 +133,13 @@ class ForwardMmaConfig(Config):
         return _elem_bytes(self.mma)
 
     @property
-    def smem_bytes(self) -> int:  # type: ignore[override]
+    def smem_bytes(self) -> int:
         q_or_out = self.block_m * max(self.head_dim, self.head_dim_v)
         stages = self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
         return (q_or_out + stages) * self.elem_bytes
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return (
             f"attention_forward_mma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
             f"_w{self.num_warps}{'_overlap' if self.overlap else ''}_{self.copy}"
@@ -157,7 +169,7 @@ class BackwardMmaConfig(Config):
     params: ClassVar[str] = "BackwardParams"
 
     @property
-    def threads(self) -> int:  # type: ignore[override]
+    def threads(self) -> int:
         return 32 * self.num_warps
 
     @property
@@ -165,14 +177,14 @@ class BackwardMmaConfig(Config):
         return _elem_bytes(self.mma)
 
     @property
-    def smem_bytes(self) -> int:  # type: ignore[override]
+    def smem_bytes(self) -> int:
         row = self.head_dim + self.head_dim_v
         stage = self.block_m * row + self.block_n * self.block_m  # Q, dO and dS
         elems = self.block_n * row + self.block_n * self.block_m + self.num_stages * stage
         return elems * self.elem_bytes + self.num_stages * 2 * self.block_m * 4
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return (
             f"attention_backward_mma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
             f"_w{self.num_warps}_s{self.num_stages}_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
@@ -191,19 +203,22 @@ class BackwardPreprocessConfig(Config):
     block_m: int
     num_warps: int
     semaphores: int
+    min_blocks: int = 1
 
     header: ClassVar[str] = "backward_preprocess.cuh"
     function: ClassVar[str] = "backward_preprocess"
     params: ClassVar[str] = "BackwardParams"
-    min_blocks: ClassVar[int] = 1
-    smem_bytes: ClassVar[int] = 0
 
     @property
-    def threads(self) -> int:  # type: ignore[override]
+    def smem_bytes(self) -> int:
+        return 0
+
+    @property
+    def threads(self) -> int:
         return 32 * self.num_warps
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return (
             f"attention_backward_preprocess_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}"
             f"_x{self.semaphores}_{self.copy}"
@@ -221,18 +236,18 @@ class BackwardConvertConfig(Config):
     num_warps: int
     dq_warps_m: int
     reduce_width: int
+    min_blocks: int = 1
 
     header: ClassVar[str] = "backward_convert.cuh"
     function: ClassVar[str] = "backward_convert"
     params: ClassVar[str] = "BackwardParams"
-    min_blocks: ClassVar[int] = 1
 
     @property
-    def threads(self) -> int:  # type: ignore[override]
+    def threads(self) -> int:
         return 32 * self.num_warps
 
     @property
-    def smem_bytes(self) -> int:  # type: ignore[override]
+    def smem_bytes(self) -> int:
         return self.block_m * self.head_dim * _elem_bytes(self.mma)
 
     @property
@@ -256,14 +271,15 @@ class ForwardSimtConfig(Config):
 
     header: ClassVar[str] = "forward_simt.cuh"
     function: ClassVar[str] = "forward_simt"
+    is_simt: ClassVar[bool] = True
     params: ClassVar[str] = "ForwardParams"
 
     @property
-    def threads(self) -> int:  # type: ignore[override]
+    def threads(self) -> int:
         return 32 * self.num_warps
 
     @property
-    def smem_bytes(self) -> int:  # type: ignore[override]
+    def smem_bytes(self) -> int:
         return _block_gemm_bytes(self.dtype, self.block_m, self.block_n, self.columns)
 
     @property
@@ -285,14 +301,15 @@ class BackwardSimtConfig(Config):
 
     header: ClassVar[str] = "backward_simt.cuh"
     function: ClassVar[str] = "backward_simt"
+    is_simt: ClassVar[bool] = True
     params: ClassVar[str] = "BackwardParams"
 
     @property
-    def threads(self) -> int:  # type: ignore[override]
+    def threads(self) -> int:
         return 32 * self.num_warps
 
     @property
-    def smem_bytes(self) -> int:  # type: ignore[override]
+    def smem_bytes(self) -> int:
         if self.step == "delta":
             return 0
         rows, cols = (self.block_m, self.block_n) if self.step == "dq" else (self.block_n, self.block_m)
@@ -483,6 +500,7 @@ _BACKWARD_32BIT: dict[int, _BackwardRows] = {
 _BACKWARD_DETERMINISTIC = {
     (227, 32): (64, 64, 4, 2, 2, 3),
     (227, 64): (64, 64, 4, 2, 2, 2),
+    (163, 128): (32, 128, 8, 2, 2, 1),
 }
 
 

@@ -42,18 +42,20 @@ Array = np.ndarray
 #: Blocks of a tile: the slice that they go through, the range of the other axis, and what is hidden, if anything.
 _Blocks = list[tuple[slice, int, int, Array | None]]
 
-#: Rows of a tile (queries times the query heads that share a key head), and keys of a block (half as many in the
-#: backward, which has two arrays of scores): 1 MiB of scores, which a level-2 cache holds.
-BLOCK_M, BLOCK_N = 512, 512
+#: Rows (queries times the query heads that share a key head) and keys of a block of scores, about 1 MiB of a level-2
+#: cache. Rows of memory whose length is a power of two would compete for the same lines of the level-1 cache.
+FORWARD_M, FORWARD_N = 640, 384
+#: The same for the backward, which has two arrays of scores.
+BACKWARD_M, BACKWARD_N = 512, 256
 #: Keys (forward) or rows (backward) of a block on the edge of the band. Half of it is wasted, but a smaller one costs
 #: more in NumPy calls.
-EDGE = 256
+EDGE = 128
 #: Key heads share a task until it has this many scores, so that short sequences need fewer NumPy calls.
-SMALL_TASK = BLOCK_M * BLOCK_N // 4
+SMALL_TASK = 1 << 16
 #: Products are cut into so many rows and columns where the head dim, with a column of ones, is at most the third
 #: number: OpenBLAS multiplies matrices with less than a million multiply-adds where they lie, and copies larger ones
 #: first. From there on the copy pays.
-CUT_M, CUT_N, CUT_DIM = 64, 128, 65
+CUT_M, CUT_N, CUT_DIM = 64, 64, 129
 #: Largest |score|, in base 2, for which weights need no shift.
 MAX_UNSHIFTED = 30.0
 #: Rows per key head from which on reading all keys once more, to bound the scores, is cheap.
@@ -88,8 +90,8 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
     lse = np.empty(out.shape[:3], np.float32) if lse is None else lse
     q, out, lse = (_grouped(x, heads_kv) for x in (q, out, lse))
     group = q.shape[2]
-    group_step = min(group, BLOCK_M)
-    q_step = min(BLOCK_M // group_step, seqlen_q)
+    group_step = min(group, FORWARD_M)
+    q_step = min(FORWARD_M // group_step, seqlen_q)
     norms = _key_norms(k) if seqlen_q * group >= MIN_ROWS_TO_BOUND else np.full((batch, heads_kv), np.inf)
 
     # Scratch is each thread's own, and there are few shapes: full tiles, and what is left over at the ends.
@@ -167,15 +169,15 @@ def backward(
     d_lse = None if d_lse is None else _grouped(d_lse, heads_kv)
     group, seqlen_q = q.shape[2:4]
     num_parts = min(_ceil_div(MIN_TASKS, batch * heads_kv), MAX_PARTS, max(seqlen_k // MIN_PART, 1))
-    parts = list(_slices(seqlen_k, BLOCK_N * _ceil_div(seqlen_k, BLOCK_N * num_parts)))
+    parts = list(_slices(seqlen_k, BACKWARD_N * _ceil_div(seqlen_k, BACKWARD_N * num_parts)))
 
     def task(b: int, heads: slice, part: slice, d_q_sum: _SumInOrder) -> None:
         queries = slice(*band.query_range(part.start, part.stop, seqlen_q))
         d_out_part, q_part, out_part, lse_part = (x[b, heads, :, queries] for x in (d_out, q, out, lse))
         d_lse_part = None if d_lse is None else d_lse[b, heads, :, queries]
         scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, part.stop - part.start)
-        for start in range(part.start, part.stop, BLOCK_N // 2):
-            keys = slice(start, min(start + BLOCK_N // 2, part.stop))
+        for start in range(part.start, part.stop, BACKWARD_N):
+            keys = slice(start, min(start + BACKWARD_N, part.stop))
             here = b, heads, keys
             scratch.run(k[here], v[here], d_k[here], d_v[here], _moved(band, queries.start - start))
         d_q_part = (scratch.d_q * scale).reshape(scratch.d_q.shape[0], -1, group, q.shape[4])
@@ -197,7 +199,7 @@ class _ForwardTile:
         heads, group, num_queries, head_dim = shape
         # Rows are (query, member of the group), so that a range of queries is a range of rows.
         rows = num_queries * group
-        num_scores = heads * rows * min(BLOCK_N, num_keys)
+        num_scores = heads * rows * min(FORWARD_N, num_keys)
         self.q_t = _aligned((heads, head_dim, rows), dtype)
         self.scores = _aligned((num_scores,), dtype)
         self.products = _aligned((max(num_scores // CUT_N, heads * rows) * head_dim_v,), dtype)
@@ -257,13 +259,13 @@ class _ForwardTile:
             weights, set_scores, add_values, ones, block_sum, _, row_sum, acc = self._block(
                 keys.stop - keys.start, start, stop
             )
-            set_scores(np.ascontiguousarray(k[:, keys], dtype))
+            set_scores(_operand(k[:, keys], dtype))
             np.exp2(weights, out=weights)
             if hidden is not None:
                 np.copyto(weights, 0, where=hidden)
             np.matmul(ones, weights, out=block_sum)  # twice as fast as a sum along the first axis
             row_sum += block_sum
-            add_values(np.ascontiguousarray(v[:, keys], dtype), acc, None)
+            add_values(_operand(v[:, keys], dtype), acc, None)
 
     def _attend_shifted(self, k: Array, v: Array, blocks: _Blocks, max_score: float) -> None:
         """Sum over all keys with weights ``2 ** (score - largest score so far)``."""
@@ -276,7 +278,7 @@ class _ForwardTile:
             weights, set_scores, add_values, ones, block_sum, row_max, row_sum, acc = self._block(
                 keys.stop - keys.start, start, stop
             )
-            set_scores(np.ascontiguousarray(k[:, keys], dtype))
+            set_scores(_operand(k[:, keys], dtype))
             if hidden is not None:
                 np.copyto(weights, -np.inf, where=hidden)
             new_max = np.maximum(row_max, weights.max(axis=1))
@@ -293,7 +295,7 @@ class _ForwardTile:
                 np.copyto(weights, 0, where=hidden)
             np.matmul(ones, weights, out=block_sum)
             row_sum += block_sum
-            add_values(np.ascontiguousarray(v[:, keys], dtype), acc, hidden)
+            add_values(_operand(v[:, keys], dtype), acc, hidden)
 
 
 class _BackwardPart:
@@ -329,7 +331,7 @@ class _BackwardPart:
         #: Sum over all keys so far.
         self.d_q = np.zeros((heads, rows, head_dim), dtype)
 
-        block_m, block_n = max(min(BLOCK_M, rows), self.group), min(BLOCK_N // 2, num_keys)
+        block_m, block_n = max(min(BACKWARD_M, rows), self.group), min(BACKWARD_N, num_keys)
         products_size = max(block_m, block_n, block_m * block_n // CUT_N) * max(head_dim, head_dim_v)
         self.scores = _aligned((2, _aligned_length(heads * block_m * block_n)), dtype)
         self.products = _aligned((heads * products_size,), dtype)
@@ -440,7 +442,7 @@ def _key_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> _Blo
     blocks: _Blocks = []
     start, stop = band.key_range(0, num_queries, num_keys)
     while start < stop:
-        for width in (BLOCK_N, BLOCK_N // 2, EDGE):
+        for width in range(FORWARD_N, 0, -EDGE):
             end = min(start + width, stop)
             if band.is_full(0, num_queries, start, end):
                 blocks.append((slice(start, end), 0, num_queries * group, None))
@@ -460,7 +462,7 @@ def _query_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> _B
     blocks: _Blocks = []
     start, stop = band.query_range(0, num_keys, num_queries)
     while start < stop:
-        for height in (BLOCK_M, EDGE):
+        for height in range(BACKWARD_M, 0, -EDGE):
             end = min(start + max(height // group, 1), stop)
             if band.is_full(start, end, 0, num_keys):
                 blocks.append((slice(start * group, end * group), 0, num_keys, None))
@@ -532,7 +534,7 @@ class _WeightedSum:
 
 def _smallest_exponent(dtype: np.dtype) -> float:
     """Exponent of the smallest normal number: ``exp2`` takes thirty times longer on what is below."""
-    return float(np.finfo(dtype).minexp)
+    return float(np.finfo(dtype).minexp) + 26
 
 
 def _largest_norm(x: Array) -> float:
@@ -545,17 +547,29 @@ def _key_norms(k: Array) -> Array:
     batch, heads, seqlen, _ = k.shape
     norms = np.zeros((batch, heads))
 
-    def task(b: int, head: int) -> None:
-        blocks = (k[b, head, keys].astype(_compute_dtype(k), copy=False) for keys in _slices(seqlen, BLOCK_N))
-        norms[b, head] = np.max([_largest_norm(block) for block in blocks], initial=0)
+    def task(b: int, chosen: slice) -> None:
+        for keys in _slices(seqlen, FORWARD_N):
+            block = k[b, chosen, keys].astype(_compute_dtype(k), copy=False)
+            squares = np.einsum("hjd,hjd->hj", block, block).max(axis=1)
+            norms[b, chosen] = np.maximum(norms[b, chosen], np.sqrt(squares))
 
-    _run([functools.partial(task, b, head) for b in range(batch) for head in range(heads)])
+    head_slices = list(_slices(heads, _heads_per_task(1, seqlen)))
+    _run([functools.partial(task, b, chosen) for b in range(batch) for chosen in head_slices])
     return norms
 
 
 def _compute_dtype(x: Array) -> np.dtype:
     """Dtype of products, sums and softmax."""
     return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
+def _operand(x: Array, dtype: np.dtype) -> Array:
+    """``x`` for a product: itself if BLAS can read its rows, else a copy."""
+    itemsize = dtype.itemsize
+    _, stride, step = x.strides
+    if x.dtype == dtype and step == itemsize and stride >= x.shape[2] * itemsize and stride % itemsize == 0:
+        return x
+    return np.ascontiguousarray(x, dtype)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> Array:
@@ -592,7 +606,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _heads_per_task(rows: int, seqlen_k: int) -> int:
-    return max(SMALL_TASK // max(min(rows, BLOCK_M) * min(seqlen_k, BLOCK_N), 1), 1)
+    return max(SMALL_TASK // (max(min(rows, FORWARD_M), 8) * max(seqlen_k, 1)), 1)
 
 
 def _run(tasks: Sequence[Callable[[], None]]) -> None:

@@ -41,12 +41,12 @@ class Variable:
 
 
 PRINT_PLAN = Variable("CUFLASH_PRINT_PLAN", "1: print the plan of every new problem on stderr, once.")
-LOG = Variable("CUFLASH_LOG", "1: say on stderr what is compiled and how long it took, and what is launched.")
+LOG = Variable("CUFLASH_LOG", "1: say on stderr what is compiled, and how long it took.")
 KERNEL = Variable(
     "CUFLASH_KERNEL",
-    "Which kernels the planner may choose: the best for the device, or one family only.",
+    "Kernels the planner may choose: auto, the best for the device; mma (tensor cores) or simt, only those.",
     default="auto",
-    choices=("auto", "mma"),
+    choices=("auto", "mma", "simt"),
 )
 DUMP = Variable(
     "CUFLASH_DUMP",
@@ -66,7 +66,7 @@ def print_plan() -> bool:
 
 
 def log() -> bool:
-    """Whether compilations and launches are announced on stderr."""
+    """Whether compilations are announced on stderr."""
     return LOG.read_flag()
 
 

@@ -10,12 +10,13 @@ import functools
 import struct
 import sys
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
 
 from . import compile as compiler
-from . import environment, params
+from . import configs, environment, params
 from .plan import DeviceInfo, Plan, plan_backward, plan_forward
 from .problem import ITEMSIZE, Problem
 
@@ -62,7 +63,17 @@ class _Call:
 _POINTER = struct.Struct("=Q")
 
 
-def _print_plans(problem: Problem, plans: tuple[Plan, ...]) -> None:
+def _announce(problem: Problem, plans: tuple[Plan, ...]) -> None:
+    """Print the plans where that is asked for, and warn where they are much slower than the caller may expect."""
+    if plans[0].config.is_simt and problem.dtype != "float64":
+        why = (
+            f"head_dim {max(problem.head_dim, problem.head_dim_v)}, beyond {configs.HEAD_DIM_PAIRS[-1][0]},"
+            if configs.pad_head_dims(problem.head_dim, problem.head_dim_v) is None
+            else f"{problem.dtype} here"
+        )
+        warnings.warn(
+            f"cuflash: {why} is computed without tensor cores, several times slower per element", stacklevel=2
+        )
     if environment.print_plan():
         print(problem, *plans, sep="\n", file=sys.stderr)
 
@@ -86,8 +97,8 @@ class ForwardCall:
         device_info: DeviceInfo | None = None,
         plan: Plan | None = None,
     ) -> None:
-        self.plan = plan or plan_forward(problem, device_info or DeviceInfo.current(device_id))
-        _print_plans(problem, (self.plan,))
+        self.plan = plan or plan_forward(problem, device_info or DeviceInfo.current(device_id), environment.kernel())
+        _announce(problem, (self.plan,))
         block = np.zeros(1, params.PARAMS["ForwardParams"])
         for name, strides in (("q", q), ("k", k), ("v", v), ("out", out)):
             params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
@@ -121,8 +132,8 @@ class BackwardCall:
         device_info: DeviceInfo | None = None,
         plans: tuple[Plan, ...] | None = None,
     ) -> None:
-        self.plans = plans or plan_backward(problem, device_info or DeviceInfo.current(device_id))
-        _print_plans(problem, self.plans)
+        self.plans = plans or plan_backward(problem, device_info or DeviceInfo.current(device_id), environment.kernel())
+        _announce(problem, self.plans)
         layout = self.plans[0].workspace
         assert layout is not None
         #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).

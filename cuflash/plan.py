@@ -108,17 +108,26 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tensor_core(problem: Problem, device: DeviceInfo) -> tuple[str, int, int] | None:
+def _tensor_core(problem: Problem, device: DeviceInfo, family: str) -> tuple[str, int, int] | None:
     """Arithmetic and padded head dims on tensor cores; None where the SIMT kernels have to compute."""
+    if family == "simt":
+        return None
     mma = configs.mma_of(problem.dtype, problem.precision, device.arch)
     head_dims = configs.pad_head_dims(problem.head_dim, problem.head_dim_v)
-    return None if mma is None or head_dims is None else (mma, *head_dims)
+    if mma is not None and head_dims is not None:
+        return mma, *head_dims
+    if family == "mma":
+        raise ValueError(
+            f"CUFLASH_KERNEL: got mma for {problem.dtype} with head_dim {problem.head_dim} and head_dim_v "
+            f"{problem.head_dim_v} on sm_{device.arch}, which no such kernel computes; wanted auto or simt"
+        )
+    return None
 
 
-def plan_forward(problem: Problem, device: DeviceInfo) -> Plan:
-    """The launch that computes ``out`` and ``lse``."""
+def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> Plan:
+    """The launch that computes ``out`` and ``lse``; `family` is ``CUFLASH_KERNEL``'s value."""
     p = problem
-    choice = _tensor_core(p, device)
+    choice = _tensor_core(p, device, family)
     if choice is None:
         simt = configs.forward_simt_config(p.dtype, p.head_dim_v)
         chunks = _ceil_div(p.head_dim_v, simt.columns)
@@ -128,9 +137,9 @@ def plan_forward(problem: Problem, device: DeviceInfo) -> Plan:
     return Plan(config, _ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
 
 
-def plan_backward(problem: Problem, device: DeviceInfo) -> tuple[Plan, ...]:
+def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") -> tuple[Plan, ...]:
     """The launches that compute the gradients, in order; all share one workspace."""
-    choice = _tensor_core(problem, device)
+    choice = _tensor_core(problem, device, family)
     if choice is None:
         return _plan_backward_simt(problem)
     mma, head_dim, head_dim_v = choice
