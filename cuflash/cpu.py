@@ -42,22 +42,23 @@ Array = np.ndarray
 #: Blocks of a tile: the slice that they go through, the range of the other axis, and what is hidden, if anything.
 _Blocks = list[tuple[slice, int, int, Array | None]]
 
-#: Rows (queries times the query heads that share a key head) and keys of a block of scores, about 1 MiB of a level-2
-#: cache. Rows of memory whose length is a power of two would compete for the same lines of the level-1 cache.
+#: Rows (queries times the query heads that share a key head) and keys of a block of scores: about 1 MiB of a level-2
+#: cache, and enough work in every NumPy call that threads seldom wait for the interpreter's lock.
 FORWARD_M, FORWARD_N = 640, 384
 #: The same for the backward, which has two arrays of scores.
 BACKWARD_M, BACKWARD_N = 512, 256
 #: Keys (forward) or rows (backward) of a block on the edge of the band. Half of it is wasted, but a smaller one costs
 #: more in NumPy calls.
-EDGE = 128
+EDGE = 256
 #: Key heads share a task until it has this many scores, so that short sequences need fewer NumPy calls.
 SMALL_TASK = 1 << 16
 #: Products are cut into so many rows and columns where the head dim, with a column of ones, is at most the third
 #: number: OpenBLAS multiplies matrices with less than a million multiply-adds where they lie, and copies larger ones
-#: first. From there on the copy pays.
-CUT_M, CUT_N, CUT_DIM = 64, 64, 129
-#: Largest |score|, in base 2, for which weights need no shift.
-MAX_UNSHIFTED = 30.0
+#: first. For wider heads the copy pays.
+CUT_M, CUT_N, CUT_DIM = 64, 128, 65
+#: Largest |score|, in base 2, for which weights need no shift: sums of what is 2 ** -50 to 2 ** 50 times as large as
+#: the values are still normal float32 numbers, unless the values are extreme.
+MAX_UNSHIFTED = 50.0
 #: Rows per key head from which on reading all keys once more, to bound the scores, is cheap.
 MIN_ROWS_TO_BOUND = 64
 #: The backward splits the keys of a head until there are so many tasks, or parts, or parts get so short.
@@ -487,18 +488,21 @@ def _hidden(band: Band, num_queries: int, group: int, num_keys: int) -> tuple[Ar
     return hidden, np.ascontiguousarray(hidden.T)
 
 
+def _cuts(m: int, n: int, dim: int) -> tuple[int, int]:
+    """Into how many rows and columns to cut a product with an (m, n) array of scores."""
+    return (CUT_M, CUT_N) if dim <= CUT_DIM and m % CUT_M == 0 and n % CUT_N == 0 else (m, n)
+
+
 class _ScoreProduct:
     """``out = a @ b`` per head, with sums over a head dim; prepared for many ``a``."""
 
     def __init__(self, b: Array, out: Array) -> None:
         heads, dim, n = b.shape
         m = out.shape[1]
-        if dim > CUT_DIM or m % CUT_M or n % CUT_N:
-            self.a_shape, self.b, self.out = (heads, m, dim), b, out
-        else:
-            self.a_shape = heads, m // CUT_M, 1, CUT_M, dim
-            self.b = b.reshape(heads, 1, dim, n // CUT_N, CUT_N).swapaxes(2, 3)
-            self.out = out.reshape(heads, m // CUT_M, CUT_M, n // CUT_N, CUT_N).swapaxes(2, 3)
+        cut_m, cut_n = _cuts(m, n, dim)
+        self.a_shape = heads, m // cut_m, 1, cut_m, dim
+        self.b = b.reshape(heads, 1, dim, n // cut_n, cut_n).swapaxes(2, 3)
+        self.out = out.reshape(heads, m // cut_m, cut_m, n // cut_n, cut_n).swapaxes(2, 3)
 
     def __call__(self, a: Array) -> None:
         np.matmul(a.reshape(self.a_shape), self.b, out=self.out)
@@ -510,12 +514,9 @@ class _WeightedSum:
     def __init__(self, weights: Array, dim: int, memory: Array) -> None:
         heads, n, m = weights.shape
         self.weights = weights
-        if dim > CUT_DIM or m % CUT_M or n % CUT_N:
-            self.rows_shape = heads, 1, 1, n, dim
-            self.weights_t = weights.reshape(heads, 1, n, 1, m).transpose(0, 1, 3, 4, 2)
-        else:
-            self.rows_shape = heads, n // CUT_N, 1, CUT_N, dim
-            self.weights_t = weights.reshape(heads, n // CUT_N, CUT_N, m // CUT_M, CUT_M).transpose(0, 1, 3, 4, 2)
+        cut_m, cut_n = _cuts(m, n, dim)
+        self.rows_shape = heads, n // cut_n, 1, cut_n, dim
+        self.weights_t = weights.reshape(heads, n // cut_n, cut_n, m // cut_m, cut_m).transpose(0, 1, 3, 4, 2)
         shape = (*self.weights_t.shape[:-1], dim)
         self.products = memory[: math.prod(shape)].reshape(shape)
         self.summands = list(self.products.reshape(heads, -1, m, dim).swapaxes(0, 1))
@@ -533,7 +534,10 @@ class _WeightedSum:
 
 
 def _smallest_exponent(dtype: np.dtype) -> float:
-    """Exponent of the smallest normal number: ``exp2`` takes thirty times longer on what is below."""
+    """Exponent of weights that make no difference any more, but whose products are still normal numbers.
+
+    Subnormal numbers make ``exp2`` and products many times slower.
+    """
     return float(np.finfo(dtype).minexp) + 26
 
 

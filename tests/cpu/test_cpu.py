@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -240,7 +241,24 @@ def test_what_is_not_finite_reaches_only_those_who_see_it(options, seqlens, pois
     np.testing.assert_allclose(out[:, :, ~touched], expected[:, :, ~touched], atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------- bits, threads, BLAS
+# ------------------------------------------------------------------------------- memory, bits, threads, BLAS
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_memory_is_linear_in_the_lengths(dtype, monkeypatch):
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
+
+    def peak(seqlen):
+        operands = random_operands((1, 2, seqlen, 8), (1, 1, seqlen, 8), dtype=dtype)
+        tracemalloc.start()
+        results(*operands, Band(None, 0))
+        _, largest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return largest
+
+    peak(2000)  # masks of the edge are made once and kept
+    growth = peak(4000) - peak(2000)
+    assert growth < 2000 * 2000  # bytes; the scores alone would be 2 * 4 * (4000**2 - 2000**2)
 
 
 def results(q, k, v, d_out, band):
