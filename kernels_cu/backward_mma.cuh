@@ -69,6 +69,9 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     constexpr int kM = cfg.block_n / (16 * kPairs);
     constexpr int kN = cfg.block_m / 8;
     constexpr int kSteps = cfg.block_m / step_elems(kMma);  // of a reduction over queries
+    // Written out wholly, float32 is more code than the instruction cache holds; and where blocks are not in
+    // step, as under a causal mask, they cannot share what is fetched.
+    constexpr int kUnroll = is_16bit(kMma) ? 16 : 4;
 
     // ---- coordinates ----
     Shape const& shape = params.shape;
@@ -148,7 +151,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     auto add_dq = [&](Position at, int stage) {
         float dq[Accum::kM][Accum::kN][4];
         set_zero(dq);
-        gemm_tn<kMma, TileDS, TileK, cfg.block_n / step_elems(kMma), cfg.dq_warps_m, Accum::kWarpsN>(
+        gemm_tn<kMma, TileDS, TileK, cfg.block_n / step_elems(kMma), kUnroll, cfg.dq_warps_m, Accum::kWarpsN>(
             dq,
             TileDS::at(lane_address_a_trans<kMma, TileDS>(ds_smem + stage * TileDS::kBytes, lane), 0,
                        Accum::row(warp) * Tiles::kElemBytes / 16),
@@ -233,7 +236,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
             if (i < num_tiles) {
                 float p[kM][kN][4];
                 set_zero(p);
-                gemm_nt<kMma, TileK, TileQ, cfg.head_dim / step_elems(kMma)>(
+                gemm_nt<kMma, TileK, TileQ, cfg.head_dim / step_elems(kMma), kUnroll>(
                     p, lane_address_a<TileK>(k_smem + warp_row * TileK::kSlabBytes, lane),
                     lane_address_b<TileQ>(q_smem + stage * TileQ::kBytes, lane));
 #pragma unroll
@@ -263,7 +266,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
             if (i < num_tiles) {
                 float ds[kM][kN][4];
                 set_zero(ds);
-                gemm_nt<kMma, TileV, TileDO, cfg.head_dim_v / step_elems(kMma)>(
+                gemm_nt<kMma, TileV, TileDO, cfg.head_dim_v / step_elems(kMma), kUnroll>(
                     ds, lane_address_a<TileV>(v_smem + warp_row * TileV::kSlabBytes, lane),
                     lane_address_b<TileDO>(do_smem + stage * TileDO::kBytes, lane));
                 barrier_sync(kPairBarrier + pair, 64);

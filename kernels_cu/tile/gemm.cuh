@@ -1,4 +1,4 @@
-// Products of one warp: kM x 16 rows, kN x 8 columns, the reduction unrolled.
+// Products of one warp: kM x 16 rows, kN x 8 columns. kUnroll is how many steps of the reduction are written out.
 #pragma once
 #include "fragment.cuh"
 
@@ -23,28 +23,33 @@ CUFLASH_DEVICE void add_tiles(float (&acc)[kM][kN][4], float const (&tile)[kM][2
 }
 
 // acc += A B^T with A stored [rows][k] and B stored [n][k], both in shared memory.
-template <Mma kMma, class TileA, class TileB, int kSteps, int kM, int kN>
+template <Mma kMma, class TileA, class TileB, int kSteps, int kUnroll = kSteps, int kM, int kN>
 CUFLASH_DEVICE void gemm_nt(float (&acc)[kM][kN][4], u32 a_lane, u32 b_lane) {
     static_assert(kN % 2 == 0, "B is loaded 16 columns at a time");
     if constexpr (kMma == Mma::kTF32x3) {
         // The small terms are summed apart: every addition of the tensor core cuts off, relative to what it
         // adds to, so a third as many additions to the large sum leave a third of the error.
+        constexpr int kSlabSteps = TileA::kSlabBytes / 32;
+        constexpr int kUnrollSlabs = kUnroll < kSlabSteps ? 1 : kUnroll / kSlabSteps;
+        static_assert(TileA::kSlabBytes == TileB::kSlabBytes, "both operands have the same reduction axis");
 #pragma unroll
         for (int n = 0; n < kN; n += 2) {
             float small[kM][2][4];
             set_zero(small);
+#pragma unroll kUnrollSlabs
+            for (int slab = 0; slab < kSteps / kSlabSteps; ++slab)
 #pragma unroll
-            for (int k = 0; k < kSteps; ++k) {
-                FragmentB<kMma> b[2];
-                load_b<kMma, TileB>(b, b_lane, 8 * n, k);
+                for (int k = 0; k < kSlabSteps; ++k) {
+                    FragmentB<kMma> b[2];
+                    load_b<kMma, TileB>(b, b_lane + slab * TileB::kSlabStride, 8 * n, k);
 #pragma unroll
-                for (int m = 0; m < kM; ++m) {
-                    FragmentA<kMma> a;
-                    load_a<kMma, TileA>(a, a_lane, 16 * m, k);
+                    for (int m = 0; m < kM; ++m) {
+                        FragmentA<kMma> a;
+                        load_a<kMma, TileA>(a, a_lane + slab * TileA::kSlabStride, 16 * m, k);
 #pragma unroll
-                    for (int j = 0; j < 2; ++j) mma_step_split(acc[m][n + j], small[m][j], a, b[j]);
+                        for (int j = 0; j < 2; ++j) mma_step_split(acc[m][n + j], small[m][j], a, b[j]);
+                    }
                 }
-            }
             add_tiles(acc, small, n);
         }
     } else {
@@ -130,10 +135,10 @@ CUFLASH_DEVICE void gemm_acc_nn(float (&acc)[kM][kN][4], float const (&x)[kM][kX
 
 // acc += A^T B with A stored [k][rows] and B stored [k][n], both in shared memory. The warp's rows and columns
 // come 16 at a time, kEveryM and kEveryN times 16 apart: warps that share a tile take them in turn.
-template <Mma kMma, class TileA, class TileB, int kSteps, int kEveryM, int kEveryN, int kM, int kN>
+template <Mma kMma, class TileA, class TileB, int kSteps, int kUnroll, int kEveryM, int kEveryN, int kM, int kN>
 CUFLASH_DEVICE void gemm_tn(float (&acc)[kM][kN][4], u32 a_lane, u32 b_lane) {
     static_assert(kN % 2 == 0, "B is loaded 16 columns at a time");
-#pragma unroll
+#pragma unroll kUnroll
     for (int k = 0; k < kSteps; ++k) {
         FragmentA<kMma> a[kM];
 #pragma unroll

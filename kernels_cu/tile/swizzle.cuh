@@ -16,6 +16,7 @@ struct SmemTile {
     static constexpr int kBytes = kRows * kRowBytes;
     static constexpr int kSlabBytes = kRowBytes % 128 == 0 ? 128 : 64;
     static constexpr int kSlabChunks = kSlabBytes / 16;
+    static constexpr int kSlabStride = kRows * kSlabBytes;
     static constexpr int kRowChunks = kRowBytes / 16;
     static_assert(kRowBytes % 64 == 0, "a tile row must be a multiple of 64 bytes: pad head_dim to 32 (16-bit) or 16");
     static_assert(kRows % 8 == 0, "the swizzle repeats every 8 rows");
@@ -25,7 +26,7 @@ struct SmemTile {
     // Byte offset of a 16-byte chunk.
     CUFLASH_DEVICE static u32 offset(int row, int chunk) {
         int const slab = chunk / kSlabChunks;
-        return slab * (kRows * kSlabBytes) + row * kSlabBytes + (((chunk % kSlabChunks) ^ key(row)) << 4);
+        return slab * kSlabStride + row * kSlabBytes + (((chunk % kSlabChunks) ^ key(row)) << 4);
     }
 
     // A lane that always reads row `row` (mod 8) and chunk parity `half` keeps one address; `at` moves it
@@ -35,6 +36,6 @@ struct SmemTile {
         return base + row * kSlabBytes + ((half ^ key(row)) << 4);
     }
     CUFLASH_DEVICE static u32 at(u32 lane, int rows, int chunk) {
-        return (lane ^ ((chunk % kSlabChunks) << 4)) + (chunk / kSlabChunks) * (kRows * kSlabBytes) + rows * kSlabBytes;
+        return (lane ^ ((chunk % kSlabChunks) << 4)) + (chunk / kSlabChunks) * kSlabStride + rows * kSlabBytes;
     }
 };

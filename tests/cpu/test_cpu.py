@@ -161,6 +161,15 @@ def test_scores_that_grow_along_the_keys():
         check(q, k[:, :, order], v[:, :, order], d_out)
 
 
+@pytest.mark.parametrize("offset", [-300.0, 300.0])
+def test_scores_that_are_all_far_from_zero(offset):
+    q, k, v, d_out = random_operands((1, 2, 80, 17), (1, 2, 300, 17))
+    q[..., 0], k[..., 0] = 1, offset
+    out, *_ = check(q, k, v, d_out, scale=1.0)
+    near, _ = forward(q[..., 1:], k[..., 1:], v, scale=1.0)
+    np.testing.assert_allclose(out, near, atol=1e-4)
+
+
 def test_large_values_do_not_overflow_what_is_summed():
     q, k, v, d_out = random_operands((1, 1, 80, 32), (1, 1, 300, 32))
     q[...] = k[:, :, :80]  # scores near the largest that are not shifted
@@ -239,6 +248,26 @@ def test_what_is_not_finite_reaches_only_those_who_see_it(options, seqlens, pois
     expected, _ = reference.attention(q, k, v, band=case.band, scale=case.softmax_scale)
     assert not np.isfinite(out[:, :, touched]).all(-1).any()
     np.testing.assert_allclose(out[:, :, ~touched], expected[:, :, ~touched], atol=1e-5)
+
+
+@given(
+    options=bands(300),
+    seqlens=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    poisoned=st.lists(
+        st.tuples(st.sampled_from(["q", "k", "v", "d_out"]), st.integers(0, 299)), min_size=1, max_size=4
+    ),
+)
+@example(options={"is_causal": True, "window": None, "q_offset": 0}, seqlens=(300, 300), poisoned=[("v", 150)])
+@example(options={"is_causal": True, "window": None, "q_offset": 0}, seqlens=(300, 300), poisoned=[("k", 150)])
+@example(options={"is_causal": True, "window": None, "q_offset": 0}, seqlens=(300, 300), poisoned=[("q", 150)])
+@example(options={"is_causal": True, "window": None, "q_offset": 0}, seqlens=(300, 300), poisoned=[("d_out", 150)])
+@settings(max_examples=25)
+def test_gradients_of_what_is_not_a_number_reach_only_what_they_depend_on(options, seqlens, poisoned):
+    case = Case("float32", 1, 2, 1, *seqlens, 8, 8, **options)
+    operands = dict(zip(("q", "k", "v", "d_out"), heads_first(case), strict=True))
+    for name, position in poisoned:
+        operands[name][:, :, position % operands[name].shape[2]] = np.nan
+    check(*operands.values(), band=case.band, scale=case.softmax_scale)
 
 
 # ------------------------------------------------------------------------------- memory, bits, threads, BLAS
