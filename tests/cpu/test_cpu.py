@@ -345,10 +345,11 @@ def test_blas_threads_are_restored_even_after_an_error():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_works_after_a_fork():
     code = (
-        "import os, numpy as np; from cuflash import cpu; from cuflash.scores import Band\n"
-        "x = np.ones((1, 4, 100, 8), np.float32); out = np.empty_like(x)\n"
+        "import os, signal, numpy as np; from cuflash import cpu; from cuflash.scores import Band\n"
+        "x = np.ones((1, 4, 300, 8), np.float32); out = np.empty_like(x)\n"
         "cpu.forward(x, x, x, out, None, band=Band(), scale=1.0)\n"
         "pid = os.fork()\n"
+        "if pid == 0: signal.alarm(20)\n"  # a child that waits for threads it does not have ends by itself
         "cpu.forward(x, x, x, out, None, band=Band(), scale=1.0)\n"
         "if pid == 0: os._exit(0)\n"
         "assert os.waitpid(pid, 0)[1] == 0\n"
