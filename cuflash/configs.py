@@ -372,7 +372,7 @@ _FORWARD_32BIT: dict[int, _ForwardRows] = {
         32: (128, 32, 4, 2),
         64: (128, 32, 4, 2),
         96: (64, 32, 4, 2),
-        128: (64, 32, 4, 2),
+        128: (128, 32, 8, 1),
         192: (64, 16, 4, 1),
         256: (128, 16, 8, 1),
     },
@@ -380,7 +380,7 @@ _FORWARD_32BIT: dict[int, _ForwardRows] = {
         32: (128, 32, 4, 2),
         64: (128, 32, 4, 2),
         96: (64, 32, 4, 2),
-        128: (64, 32, 4, 1),
+        128: (128, 32, 8, 1),
         192: (64, 16, 4, 1),
         256: (64, 16, 4, 1),
     },
@@ -388,11 +388,23 @@ _FORWARD_32BIT: dict[int, _ForwardRows] = {
         32: (128, 32, 4, 2),
         64: (128, 32, 8, 1),
         96: (64, 32, 4, 1),
-        128: (64, 32, 4, 1),
+        128: (64, 16, 4, 1),
         192: (64, 16, 4, 1),
         256: (32, 16, 2, 1),
     },
 }
+
+# What is too tight for an architecture whose compiler needs more registers, by element bytes and head_dim.
+_FORWARD_SM100: dict[tuple[int, int], tuple[int, int, int, int]] = {
+    (2, 32): (128, 96, 4, 2),
+    (2, 64): (128, 80, 4, 2),
+    (2, 96): (128, 48, 4, 2),
+    (2, 192): (128, 80, 8, 1),
+    (4, 64): (64, 32, 4, 2),
+}
+# Rows that are not worth more than being right, by element bytes, shared memory and head_dim: no tile that fits does
+# without spilling registers everywhere.
+_FORWARD_TIGHT = {(4, 99, 256)}
 
 
 def _smem_class(arch: int) -> int:
@@ -417,8 +429,11 @@ def _copy(arch: int, vectorized: bool) -> str:
 
 def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vectorized: bool) -> ForwardMmaConfig:
     """The row of the table for one architecture; `head_dim`s are padded ones."""
-    tables = _FORWARD_32BIT if mma.startswith("tf32") else _FORWARD_16BIT
-    block_m, block_n, num_warps, min_blocks = tables[_smem_class(arch)][max(head_dim, head_dim_v)]
+    elem_bytes, size, dim = _elem_bytes(mma), _smem_class(arch), max(head_dim, head_dim_v)
+    row = (_FORWARD_16BIT if elem_bytes == 2 else _FORWARD_32BIT)[size][dim]
+    if arch == 100:
+        row = _FORWARD_SM100.get((elem_bytes, dim), row)
+    block_m, block_n, num_warps, min_blocks = row
     return ForwardMmaConfig(
         mma,
         _copy(arch, vectorized),
@@ -428,7 +443,7 @@ def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vect
         block_n,
         num_warps,
         min_blocks=min_blocks,
-        tuned=vectorized,
+        tuned=vectorized and (elem_bytes, size, dim) not in _FORWARD_TIGHT,
     )
 
 

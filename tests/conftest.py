@@ -36,7 +36,7 @@ HAS_GPU = _has_gpu()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-kernel", action="store_true", help="compile every kernel for every architecture")
+    parser.addoption("--few-kernels", action="store_true", help="compile a selection of the kernels, in two minutes")
     parser.addoption(
         "--gpu-record", action="store_true", help="write tests/gpu_record.json after a full, green run of tests/gpu"
     )
