@@ -116,9 +116,17 @@ def _info(args: argparse.Namespace) -> None:
         if dtype == "bfloat16" and not _version(_PACKAGES["ml_dtypes"]):
             row[1] = "needs ml_dtypes"
         problem = Problem(dtype, 1, 16, 16, 4096, 4096, 128, 128, scale=128**-0.5)
-        row += [plan_forward(problem, device).config.name for device, _ in devices]
+        row += [_kernel_name(problem, device) for device, _ in devices]
         paths.append(row)
     print(demo.format_table(paths, left=len(paths[0])))
+
+
+def _kernel_name(problem: Problem, device: DeviceInfo) -> str:
+    """The kernel of a forward call, or that the kernel family that is asked for has none."""
+    try:
+        return plan_forward(problem, device, environment.kernel()).config.name
+    except ValueError:
+        return f"an error, with {environment.KERNEL.name}={environment.kernel()}"
 
 
 def _version(distributions: Sequence[str]) -> str | None:
@@ -180,10 +188,10 @@ def _plan(args: argparse.Namespace) -> None:
         raise ValueError(f"--precision tf32 is a way to multiply float32, not {args.dtype}")
     device = _device(args.arch)
     print(f"{problem}\n\nforward: {problem.forward_flops / 1e9:.4g} GFLOP on {device.name}")
-    print(plan_forward(problem, device))
+    print(plan_forward(problem, device, environment.kernel()))
     if args.backward:
         print(f"\nbackward: {problem.backward_flops / 1e9:.4g} GFLOP")
-        for plan in plan_backward(problem, device):
+        for plan in plan_backward(problem, device, environment.kernel()):
             print(plan)
 
 

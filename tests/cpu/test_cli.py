@@ -196,6 +196,15 @@ def test_tables_and_units_are_readable():
     ]
 
 
+def test_plan_shows_what_the_environment_asks_for(monkeypatch, capsys):
+    monkeypatch.setenv("CUFLASH_KERNEL", "simt")
+    assert main(["plan", "--q", "2,16,4096,128", "--backward", "--arch", "sm_90"]) == 0
+    out = capsys.readouterr().out
+    assert "attention_forward_simt" in out
+    assert "attention_backward_simt" in out
+    assert "_mma_" not in out
+
+
 def test_environment_variables_are_read_when_used(monkeypatch):
     for variable in environment.VARIABLES:
         monkeypatch.delenv(variable.name, raising=False)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuflash import configs
+from cuflash import configs, launch
 from cuflash.plan import DeviceInfo, Plan, plan_backward, plan_forward
 from cuflash.problem import Problem
 from cuflash.scores import Band, make_band
@@ -121,6 +121,39 @@ def test_tables_list_every_choice(problem: Problem, arch: int) -> None:
     if supported(problem, arch):
         for plan in all_plans(problem, DeviceInfo.of_arch(arch)):
             assert plan.config in listed
+
+
+@pytest.mark.parametrize("arch", configs.ARCHS)
+def test_a_kernel_family_can_be_asked_for(arch: int) -> None:
+    device, problem = DeviceInfo.of_arch(arch), PROBLEMS["float16 d64"]
+    for plan in (plan_forward(problem, device, "simt"), *plan_backward(problem, device, "simt")):
+        assert plan.config.is_simt
+    assert plan_forward(problem, device, "mma") == plan_forward(problem, device)
+    assert plan_backward(problem, device, "mma") == plan_backward(problem, device)
+    for other in (PROBLEMS["float64 d64"], replace(problem, head_dim=257), replace(problem, head_dim_v=257)):
+        assert plan_forward(other, device).config.is_simt
+        for plan_any in (plan_forward, plan_backward):
+            with pytest.raises(ValueError, match="CUFLASH_KERNEL: got mma for float"):
+                plan_any(other, device, "mma")
+
+
+@pytest.mark.parametrize(
+    ("changes", "arch", "why"),
+    [
+        ({"head_dim": 257}, 90, "head_dim 257, beyond 256,"),
+        ({"dtype": "float32"}, 75, "float32 here"),
+    ],
+)
+def test_slow_plans_warn(changes: dict[str, object], arch: int, why: str) -> None:
+    problem = replace(PROBLEMS["float16 d64"], **changes)
+    with pytest.warns(UserWarning, match=f"{why} is computed without tensor cores"):
+        launch._announce(problem, plan_backward(problem, DeviceInfo.of_arch(arch)))
+
+
+@pytest.mark.parametrize("name", ["float16 d64", "float64 d64"])
+def test_plans_as_fast_as_expected_do_not_warn(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    launch._announce(PROBLEMS[name], (plan_forward(PROBLEMS[name], DeviceInfo.of_arch(90)),))
+    assert not recwarn.list
 
 
 def test_planning_needs_no_gpu_library() -> None:
