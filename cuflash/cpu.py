@@ -10,7 +10,8 @@ What makes it fast here:
   on tiles of its own, with BLAS itself held to one thread.
 * Where the norms of queries and keys bound the scores of a tile (Cauchy-Schwarz) so tightly that
   ``2 ** score`` neither overflows nor vanishes, there is no shift: no maximum, no rescaling.
-* The forward keeps scores as (keys, queries), so that its reductions over keys run along memory rows.
+* The forward keeps scores as (keys, queries), so that its reductions over keys run along memory rows, and these in
+  panels as wide as a product, so that a product reads and writes without gaps.
 * The backward recomputes weights from the LSE. The LSE, and ``delta = sum(d_out * out)``, ride along as one
   more column of the products instead of taking a pass over the tile each.
 
@@ -30,7 +31,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.linalg._umath_linalg
@@ -39,30 +40,35 @@ from . import environment
 from .scores import Band
 
 Array = np.ndarray
-#: Blocks of a tile: the slice that they go through, the range of the other axis, and what is hidden, if anything.
-_Blocks = list[tuple[slice, int, int, Array | None]]
 
-#: Rows (queries times the query heads that share a key head) and keys of a block of scores: about 1 MiB of a level-2
-#: cache, and enough work in every NumPy call that threads seldom wait for the interpreter's lock.
-FORWARD_M, FORWARD_N = 640, 384
+#: Rows (queries times the query heads that share a key head) and keys of a block of scores: 1 MiB of a level-2 cache,
+#: and enough work in every NumPy call that threads seldom wait for the interpreter's lock.
+FORWARD_M, FORWARD_N = 512, 512
 #: The same for the backward, which has two arrays of scores.
 BACKWARD_M, BACKWARD_N = 512, 256
 #: Keys (forward) or rows (backward) of a block on the edge of the band. Half of it is wasted, but a smaller one costs
-#: more in NumPy calls.
-EDGE = 256
+#: more in NumPy calls; the forward, whose calls there take several heads, can afford it.
+FORWARD_EDGE, BACKWARD_EDGE = 128, 256
 #: Key heads share a task until it has this many scores, so that short sequences need fewer NumPy calls.
 SMALL_TASK = 1 << 16
 #: Products are cut into so many rows and columns where the head dim, with a column of ones, is at most the third
 #: number: OpenBLAS multiplies matrices with less than a million multiply-adds where they lie, and copies larger ones
-#: first. For wider heads the copy pays.
+#: first. For wider heads the copy pays. Scores of the forward lie in memory as panels of ``CUT_M`` rows.
 CUT_M, CUT_N, CUT_DIM = 64, 128, 65
 #: Largest |score|, in base 2, for which weights need no shift: sums of what is 2 ** -50 to 2 ** 50 times as large as
 #: the values are still normal float32 numbers, unless the values are extreme.
 MAX_UNSHIFTED = 50.0
+#: Keys whose norms are computed in one call; those of 16 bits are converted first, into as much memory.
+KEYS_AT_ONCE = 4096
 #: Rows per key head from which on reading all keys once more, to bound the scores, is cheap.
 MIN_ROWS_TO_BOUND = 64
-#: The backward splits the keys of a head until there are so many tasks, or parts, or parts get so short.
-MIN_TASKS, MAX_PARTS, MIN_PART = 16, 8, 1024
+#: Tasks that there should be at least, of the forward per batch entry (which its results do not depend on).
+MIN_TASKS = 16
+#: As long as there are, so many key heads share a task of a masked forward, whose small blocks on the edge of the band
+#: then take several heads at once: there, threads would wait for the interpreter's lock most of all.
+MAX_HEADS = 4
+#: The backward splits the keys of a head until there are enough tasks, or so many parts, or parts get so short.
+MAX_PARTS, MIN_PART = 8, 1024
 #: Bytes of a cache line, and of the widest vector register.
 ALIGNMENT = 64
 
@@ -93,6 +99,10 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
     group = q.shape[2]
     group_step = min(group, FORWARD_M)
     q_step = min(FORWARD_M // group_step, seqlen_q)
+    heads_step = _heads_per_task(q_step * group_step, seqlen_k)
+    if not band.is_open:
+        num_tiles = heads_kv * _ceil_div(group, group_step) * _ceil_div(seqlen_q, q_step)
+        heads_step = max(heads_step, min(num_tiles // MIN_TASKS, MAX_HEADS))
     norms = _key_norms(k) if seqlen_q * group >= MIN_ROWS_TO_BOUND else np.full((batch, heads_kv), np.inf)
 
     # Scratch is each thread's own, and there are few shapes: full tiles, and what is left over at the ends.
@@ -117,16 +127,17 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
             float(norms[b, heads].max()),
         )
 
-    # The tiles with the most keys come first, so that no long one is left for the end.
+    # Tiles of the same heads follow one another, since they read the same keys. Those with the most keys come first,
+    # so that no long one is left for the end.
     tiles = [slice(start, min(start + q_step, seqlen_q)) for start in range(0, seqlen_q, q_step)]
     tiles.sort(key=lambda tile: np.subtract(*band.key_range(tile.start, tile.stop, seqlen_k)))
     _run(
         [
             functools.partial(task, b, heads, members, tile)
-            for tile in tiles
             for b in range(batch)
-            for heads in _slices(heads_kv, _heads_per_task(q_step * group_step, seqlen_k))
+            for heads in _slices(heads_kv, heads_step)
             for members in _slices(group, group_step)
+            for tile in tiles
         ]
     )
 
@@ -200,103 +211,124 @@ class _ForwardTile:
         heads, group, num_queries, head_dim = shape
         # Rows are (query, member of the group), so that a range of queries is a range of rows.
         rows = num_queries * group
-        num_scores = heads * rows * min(FORWARD_N, num_keys)
-        self.q_t = _aligned((heads, head_dim, rows), dtype)
+        self.is_cut = max(head_dim, head_dim_v) <= CUT_DIM and rows % CUT_M == 0
+        panel = CUT_M if self.is_cut else rows
+        block = rows * min(FORWARD_N, num_keys)
+        num_scores = max(min(heads * block, FORWARD_M * FORWARD_N), block)
+        self.q = _aligned((heads, num_queries, group, head_dim), dtype)
+        self.q_t = _aligned((heads, rows // panel, head_dim, panel), dtype)
         self.scores = _aligned((num_scores,), dtype)
         self.products = _aligned((max(num_scores // CUT_N, heads * rows) * head_dim_v,), dtype)
         self.acc = _aligned((heads, rows, head_dim_v), dtype)
-        self.row_max = np.empty((heads, rows), dtype)
-        self.row_sum = np.empty((heads, rows), dtype)
-        self.block_sum = np.empty((heads, rows), dtype)
-        self.blocks: dict[tuple[int, int, int], tuple[Any, ...]] = {}
+        self.row_max, self.row_sum, self.block_sum = (np.empty((heads, rows), dtype) for _ in range(3))
+        self.blocks: dict[tuple[int, int, int], list[tuple[Any, ...]]] = {}
 
-    def _block(self, num_keys: int, start: int, stop: int) -> tuple[Any, ...]:
-        """Views and products for a block of keys and a range of rows; making them takes as long as some products."""
+    def _blocks(self, num_keys: int, start: int, stop: int) -> list[tuple[Any, ...]]:
+        """Views and products for some keys and a range of rows, of as many heads at once as there is memory for.
+
+        Making them takes as long as some products.
+        """
         key = num_keys, start, stop
         if key not in self.blocks:
-            heads, _, head_dim_v = self.acc.shape
-            shape = (heads, num_keys, stop - start)
-            weights = self.scores[: math.prod(shape)].reshape(shape)
-            self.blocks[key] = (
-                weights,
-                _ScoreProduct(self.q_t[:, :, start:stop], weights),
-                _WeightedSum(weights, head_dim_v, self.products),
-                np.ones((1, num_keys), weights.dtype),
-                self.block_sum[:, None, start:stop],
-                self.row_max[:, start:stop],
-                self.row_sum[:, None, start:stop],
-                self.acc[:, start:stop],
-            )
+            heads_step = max(self.scores.size // (num_keys * (stop - start)), 1)
+            self.blocks[key] = [
+                self._block(heads, num_keys, start, stop) for heads in _slices(len(self.acc), heads_step)
+            ]
         return self.blocks[key]
+
+    def _block(self, heads: slice, num_keys: int, start: int, stop: int) -> tuple[Any, ...]:
+        head_dim_v = self.acc.shape[2]
+        panels = _panels(start, stop, self.is_cut)
+        panel = (stop - start) // panels
+        q_t = self.q_t[heads, start // panel :][:, :panels] if self.is_cut else self.q_t[heads, :, :, start:stop]
+        shape = (heads.stop - heads.start, panels, num_keys, panel)
+        weights = self.scores[: math.prod(shape)].reshape(shape)
+        cut_m, cut_n = (cut if self.is_cut and num_keys % cut == 0 else num_keys for cut in (CUT_M, CUT_N))
+        by_cut_m, by_cut_n = (weights.reshape(*shape[:2], -1, cut, panel) for cut in (cut_m, cut_n))
+        by_row = [
+            x[heads, start:stop].reshape(-1, panels, 1, panel) for x in (self.block_sum, self.row_max, self.row_sum)
+        ]
+        return (
+            heads,
+            weights,
+            _ScoreProduct(q_t[:, None], by_cut_m.swapaxes(1, 2)),
+            _WeightedSum(by_cut_n.swapaxes(3, 4), head_dim_v, self.products),
+            np.ones((1, num_keys), weights.dtype),
+            *by_row,
+            self.acc[heads, start:stop],
+        )
 
     def run(
         self, q: Array, k: Array, v: Array, out: Array, lse: Array, band: Band, scale: float, key_norm: float
     ) -> None:
         """Forward of one tile: q and out (heads_kv, group, queries, dim), k and v (heads_kv, keys, dim)."""
         heads, group, num_queries, head_dim = q.shape
-        acc, row_max, row_sum = self.acc, self.row_max, self.row_sum
-        q_t = self.q_t.reshape(heads, head_dim, num_queries, group)
-        np.multiply(q.transpose(0, 3, 2, 1), scale * LOG2_E, out=q_t, dtype=q_t.dtype)
+        np.multiply(q.swapaxes(1, 2), scale * LOG2_E, out=self.q, dtype=self.q.dtype)
+        self.q_t[...] = self.q.reshape(*self.q_t.shape[:2], -1, head_dim).swapaxes(2, 3)
 
-        max_score = key_norm * math.sqrt(np.square(self.q_t).sum(axis=1).max())  # nan where an input is
-        blocks = _key_blocks(band, num_queries, group, k.shape[1])
+        max_score = key_norm * _largest_norm(self.q)  # nan where an input is
+        blocks = _key_blocks(band, num_queries, group, k.shape[1], self.is_cut)
         bounded = max_score <= MAX_UNSHIFTED
         if bounded:
             self._attend(k, v, blocks)
-        if not bounded or not np.isfinite(acc).all():  # values may be so large that their sum overflows, or not finite
+        # Values may be so large that their sum overflows, or not finite.
+        if not bounded or not np.isfinite(self.acc).all():
             self._attend_shifted(k, v, blocks, max_score)
 
-        acc /= np.where(row_sum == 0, 1, row_sum)[:, :, None]
-        out[...] = acc.reshape(heads, num_queries, group, -1).swapaxes(1, 2)
-        lse[...] = (LN_2 * (row_max + np.log2(row_sum))).reshape(heads, num_queries, group).swapaxes(1, 2)
+        acc, row_max, row_sum = (
+            x.reshape(heads, num_queries, group, -1) for x in (self.acc, self.row_max, self.row_sum)
+        )
+        acc /= np.where(row_sum == 0, 1, row_sum)
+        out[...] = acc.swapaxes(1, 2)
+        lse[...] = (LN_2 * (row_max + np.log2(row_sum)))[..., 0].swapaxes(1, 2)
 
-    def _attend(self, k: Array, v: Array, blocks: _Blocks) -> None:
+    def _attend(self, k: Array, v: Array, blocks: list[_KeyBlock]) -> None:
         """Sum over all keys with weights ``2 ** score``."""
         dtype = self.acc.dtype
         self.acc.fill(0)
         self.row_sum.fill(0)
         self.row_max.fill(0)
-        for keys, start, stop, hidden in blocks:
-            weights, set_scores, add_values, ones, block_sum, _, row_sum, acc = self._block(
+        for keys, start, stop, edge in blocks:
+            for heads, weights, set_scores, add_values, ones, block_sum, _, row_sum, acc in self._blocks(
                 keys.stop - keys.start, start, stop
-            )
-            set_scores(_operand(k[:, keys], dtype))
-            np.exp2(weights, out=weights)
-            if hidden is not None:
-                np.copyto(weights, 0, where=hidden)
-            np.matmul(ones, weights, out=block_sum)  # twice as fast as a sum along the first axis
-            row_sum += block_sum
-            add_values(_operand(v[:, keys], dtype), acc, None)
+            ):
+                set_scores(_operand(k[heads, keys], dtype))
+                np.exp2(weights, out=weights)
+                if edge is not None:
+                    np.multiply(weights, edge.visible, out=weights)  # all finite; five times as fast as copyto(where=)
+                np.matmul(ones, weights, out=block_sum)  # twice as fast as a sum along the first axis
+                row_sum += block_sum
+                add_values(_operand(v[heads, keys], dtype), acc, None)
 
-    def _attend_shifted(self, k: Array, v: Array, blocks: _Blocks, max_score: float) -> None:
+    def _attend_shifted(self, k: Array, v: Array, blocks: list[_KeyBlock], max_score: float) -> None:
         """Sum over all keys with weights ``2 ** (score - largest score so far)``."""
         dtype = self.acc.dtype
         smallest = _smallest_exponent(dtype)
         self.acc.fill(0)
         self.row_sum.fill(0)
         self.row_max.fill(-np.inf)
-        for keys, start, stop, hidden in blocks:
-            weights, set_scores, add_values, ones, block_sum, row_max, row_sum, acc = self._block(
+        for keys, start, stop, edge in blocks:
+            for heads, weights, set_scores, add_values, ones, block_sum, row_max, row_sum, acc in self._blocks(
                 keys.stop - keys.start, start, stop
-            )
-            set_scores(_operand(k[:, keys], dtype))
-            if hidden is not None:
-                np.copyto(weights, -np.inf, where=hidden)
-            new_max = np.maximum(row_max, weights.max(axis=1))
-            shift = np.where(new_max == -np.inf, 0, new_max)
-            rescale = np.exp2(row_max - shift)
-            row_max[...] = new_max
-            row_sum *= rescale[:, None, :]
-            acc *= rescale[:, :, None]
-            weights -= shift[:, None, :]
-            if not 2 * max_score < -smallest:
-                np.maximum(weights, smallest, out=weights)
-            np.exp2(weights, out=weights)
-            if hidden is not None:
-                np.copyto(weights, 0, where=hidden)
-            np.matmul(ones, weights, out=block_sum)
-            row_sum += block_sum
-            add_values(_operand(v[:, keys], dtype), acc, hidden)
+            ):
+                set_scores(_operand(k[heads, keys], dtype))
+                if edge is not None:
+                    np.copyto(weights, -np.inf, where=edge.in_panels)
+                new_max = np.maximum(row_max, weights.max(axis=2, keepdims=True))
+                shift = np.where(new_max == -np.inf, 0, new_max)
+                rescale = np.exp2(row_max - shift)
+                row_max[...] = new_max
+                row_sum *= rescale
+                acc *= rescale.reshape(*acc.shape[:2], 1)
+                weights -= shift
+                if not 2 * max_score < -smallest:
+                    np.maximum(weights, smallest, out=weights)
+                np.exp2(weights, out=weights)
+                if edge is not None:
+                    np.copyto(weights, 0, where=edge.in_panels)
+                np.matmul(ones, weights, out=block_sum)
+                row_sum += block_sum
+                add_values(_operand(v[heads, keys], dtype), acc, None if edge is None else edge.hidden)
 
 
 class _BackwardPart:
@@ -350,16 +382,17 @@ class _BackwardPart:
         key = num_rows, start, stop
         if key not in self.blocks:
             heads, _, head_dim = self.k.shape
+            head_dim_v = self.d_v.shape[2]
             shape = (heads, num_rows, stop - start)
             weights, d_scores = (x[: math.prod(shape)].reshape(shape) for x in self.scores)
             self.blocks[key] = (
                 weights,
                 d_scores,
-                _ScoreProduct(self.k_ones_t[:, :, start:stop], weights),
-                _ScoreProduct(self.v_ones_t[:, :, start:stop], d_scores),
-                _WeightedSum(weights, self.d_v.shape[2], self.products),
-                _WeightedSum(d_scores, head_dim, self.products),
-                _WeightedSum(d_scores.swapaxes(1, 2), head_dim, self.products),
+                _ScoreProduct(*_cut_product(self.k_ones_t[:, :, start:stop], weights)),
+                _ScoreProduct(*_cut_product(self.v_ones_t[:, :, start:stop], d_scores)),
+                _WeightedSum(_cut(weights.swapaxes(1, 2), head_dim_v), head_dim_v, self.products),
+                _WeightedSum(_cut(d_scores.swapaxes(1, 2), head_dim), head_dim, self.products),
+                _WeightedSum(_cut(d_scores, head_dim), head_dim, self.products),
                 self.k[:, start:stop],
                 self.d_k[:, start:stop],
                 self.d_v[:, start:stop],
@@ -437,33 +470,49 @@ class _SumInOrder:
         self.target[...] = total.swapaxes(1, 2)
 
 
+class _Edge(NamedTuple):
+    """Which pairs of a block of the forward are hidden, if some are."""
+
+    hidden: Array  # (keys, rows)
+    in_panels: Array  # (panels, keys, rows of a panel)
+    visible: Array  # the opposite as factors 0 and 1
+
+
+#: Keys, the range of rows that see some of them, and what is hidden, if anything.
+_KeyBlock = tuple[slice, int, int, _Edge | None]
+#: Rows, the range of keys that some of them see, and what is hidden, (rows, keys), if anything.
+_QueryBlock = tuple[slice, int, int, Array | None]
+
+
 @functools.lru_cache(maxsize=16)
-def _key_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> _Blocks:
-    """Blocks of visible keys: the keys, the range of rows that see some of them, and what is hidden as (keys, rows)."""
-    blocks: _Blocks = []
+def _key_blocks(band: Band, num_queries: int, group: int, num_keys: int, is_cut: bool) -> list[_KeyBlock]:
+    """Blocks of visible keys; where products are cut, their rows are whole panels."""
+    blocks: list[_KeyBlock] = []
     start, stop = band.key_range(0, num_queries, num_keys)
     while start < stop:
-        for width in range(FORWARD_N, 0, -EDGE):
+        for width in _widths(FORWARD_N, FORWARD_EDGE):
             end = min(start + width, stop)
             if band.is_full(0, num_queries, start, end):
                 blocks.append((slice(start, end), 0, num_queries * group, None))
                 break
         else:
-            first, last = band.query_range(start, end, num_queries)
+            first, last = (query * group for query in band.query_range(start, end, num_queries))
+            if is_cut:
+                first, last = first // CUT_M * CUT_M, _ceil_div(last, CUT_M) * CUT_M
             if first < last:
-                hidden = _hidden(_moved(band, first - start), last - first, group, end - start)
-                blocks.append((slice(start, end), first * group, last * group, hidden[1]))
+                edge = _edge(_moved(band, -start), num_queries, group, end - start, first, last, is_cut)
+                blocks.append((slice(start, end), first, last, edge))
         start = end
     return blocks
 
 
 @functools.lru_cache(maxsize=32)
-def _query_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> _Blocks:
-    """Blocks of rows: the rows, the range of keys that some of them see, and what is hidden as (rows, keys)."""
-    blocks: _Blocks = []
+def _query_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> list[_QueryBlock]:
+    """Blocks of rows that see some keys."""
+    blocks: list[_QueryBlock] = []
     start, stop = band.query_range(0, num_keys, num_queries)
     while start < stop:
-        for height in range(BACKWARD_M, 0, -EDGE):
+        for height in _widths(BACKWARD_M, BACKWARD_EDGE):
             end = min(start + max(height // group, 1), stop)
             if band.is_full(start, end, 0, num_keys):
                 blocks.append((slice(start * group, end * group), 0, num_keys, None))
@@ -472,63 +521,90 @@ def _query_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> _B
             first, last = band.key_range(start, end, num_keys)
             if first < last:
                 hidden = _hidden(_moved(band, start - first), end - start, group, last - first)
-                blocks.append((slice(start * group, end * group), first, last, hidden[0]))
+                blocks.append((slice(start * group, end * group), first, last, hidden))
         start = end
     return blocks
 
 
+def _panels(start: int, stop: int, is_cut: bool) -> int:
+    """Panels of a range of rows."""
+    return (stop - start) // CUT_M if is_cut else 1
+
+
+def _widths(largest: int, edge: int) -> Iterator[int]:
+    """Widths of blocks to try, one after the other; the last is that of a block on the ``edge`` of the band."""
+    while largest >= edge:
+        yield largest
+        largest //= 2
+
+
+# Few different blocks lie along a diagonal, so what is hidden there is kept.
+
+
 @functools.lru_cache(maxsize=16)
-def _hidden(band: Band, num_queries: int, group: int, num_keys: int) -> tuple[Array, Array]:
-    """Which pairs of a block on the edge of the band are hidden, as (rows, keys) and as (keys, rows).
+def _edge(band: Band, num_queries: int, group: int, num_keys: int, start: int, stop: int, is_cut: bool) -> _Edge:
+    hidden = np.ascontiguousarray(_hidden(band, num_queries, group, num_keys)[start:stop].T)
+    in_panels = np.ascontiguousarray(hidden.reshape(num_keys, _panels(start, stop, is_cut), -1).swapaxes(0, 1))
+    return _Edge(hidden, in_panels, (~in_panels).astype(np.float32))
 
-    Few different blocks lie along a diagonal, so they are kept.
-    """
+
+@functools.lru_cache(maxsize=16)
+def _hidden(band: Band, num_queries: int, group: int, num_keys: int) -> Array:
+    """Which pairs of a block on the edge of the band are hidden, as (rows, keys)."""
     q_idx = np.repeat(np.arange(num_queries), group)
-    hidden = ~band.visible(q_idx[:, None], np.arange(num_keys)[None, :])
-    return hidden, np.ascontiguousarray(hidden.T)
+    return ~band.visible(q_idx[:, None], np.arange(num_keys)[None, :])
 
 
-def _cuts(m: int, n: int, dim: int) -> tuple[int, int]:
-    """Into how many rows and columns to cut a product with an (m, n) array of scores."""
-    return (CUT_M, CUT_N) if dim <= CUT_DIM and m % CUT_M == 0 and n % CUT_N == 0 else (m, n)
+def _cut(x: Array, dim: int) -> Array:
+    """View (heads, rows, columns) as (heads, cuts, cuts, rows of a cut, columns of a cut), for sums over columns."""
+    heads, m, n = x.shape
+    cut_m, cut_n = (CUT_M, CUT_N) if dim <= CUT_DIM and m % CUT_M == 0 and n % CUT_N == 0 else (m, n)
+    return x.reshape(heads, m // cut_m, cut_m, n // cut_n, cut_n).swapaxes(2, 3)
+
+
+def _cut_product(b: Array, out: Array) -> tuple[Array, Array]:
+    """Cut ``out`` of a product and its operand ``b``, whose columns are those of ``out``."""
+    heads, dim = b.shape[:2]
+    out = _cut(out, dim)
+    return b.reshape(heads, 1, dim, -1, out.shape[4]).swapaxes(2, 3), out
 
 
 class _ScoreProduct:
     """``out = a @ b`` per head, with sums over a head dim; prepared for many ``a``."""
 
     def __init__(self, b: Array, out: Array) -> None:
-        heads, dim, n = b.shape
-        m = out.shape[1]
-        cut_m, cut_n = _cuts(m, n, dim)
-        self.a_shape = heads, m // cut_m, 1, cut_m, dim
-        self.b = b.reshape(heads, 1, dim, n // cut_n, cut_n).swapaxes(2, 3)
-        self.out = out.reshape(heads, m // cut_m, cut_m, n // cut_n, cut_n).swapaxes(2, 3)
+        """Take b (heads, 1, cuts, dim, columns) and out (heads, cuts, cuts, rows, columns)."""
+        heads, cuts, _, rows, _ = out.shape
+        self.a_shape = heads, cuts, 1, rows, b.shape[3]
+        self.b = b
+        self.out = out
 
     def __call__(self, a: Array) -> None:
         np.matmul(a.reshape(self.a_shape), self.b, out=self.out)
 
 
 class _WeightedSum:
-    """``total += weights.T @ rows`` per head, with sums over a block of keys or of rows; prepared for many ``rows``."""
+    """``total += weights @ rows`` per head, with sums over a block of keys or of rows; prepared for many ``rows``."""
 
     def __init__(self, weights: Array, dim: int, memory: Array) -> None:
-        heads, n, m = weights.shape
-        self.weights = weights
-        cut_m, cut_n = _cuts(m, n, dim)
-        self.rows_shape = heads, n // cut_n, 1, cut_n, dim
-        self.weights_t = weights.reshape(heads, n // cut_n, cut_n, m // cut_m, cut_m).transpose(0, 1, 3, 4, 2)
-        shape = (*self.weights_t.shape[:-1], dim)
+        """Take weights (heads, cuts, cuts, rows, columns)."""
+        self.weights = weights.swapaxes(1, 2)
+        heads, parts, cuts, m, n = self.weights.shape
+        self.rows_shape = heads, parts, 1, n, dim
+        shape = (heads, parts, cuts, m, dim)
         self.products = memory[: math.prod(shape)].reshape(shape)
-        self.summands = list(self.products.reshape(heads, -1, m, dim).swapaxes(0, 1))
+        self.summands = list(self.products.reshape(heads, parts, cuts * m, dim).swapaxes(0, 1))
 
     def __call__(self, rows: Array, total: Array, hidden: Array | None) -> None:
         """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan)."""
         if hidden is not None and not (finite := np.isfinite(rows).all(axis=2)).all():
+            n = self.weights.shape[4]
             for head, i in np.argwhere(~finite):
                 seen = ~hidden[i]
-                total[head, seen] += self.weights[head, i, seen, None] * rows[head, i]
+                weights = self.weights[head, i // n, :, :, i % n].reshape(-1)
+                total[head, seen] += weights[seen, None] * rows[head, i]
             rows = np.where(finite[:, :, None], rows, 0)
-        np.matmul(self.weights_t, rows.reshape(self.rows_shape), out=self.products)
+        np.matmul(self.weights, rows.reshape(self.rows_shape), out=self.products)
         for summand in self.summands:
             total += summand
 
@@ -552,7 +628,7 @@ def _key_norms(k: Array) -> Array:
     norms = np.zeros((batch, heads))
 
     def task(b: int, chosen: slice) -> None:
-        for keys in _slices(seqlen, FORWARD_N):
+        for keys in _slices(seqlen, KEYS_AT_ONCE):
             block = k[b, chosen, keys].astype(_compute_dtype(k), copy=False)
             squares = np.einsum("hjd,hjd->hj", block, block).max(axis=1)
             norms[b, chosen] = np.maximum(norms[b, chosen], np.sqrt(squares))

@@ -93,6 +93,19 @@ def test_many_tiles_and_blocks(seqlens, options, heads, dim):
     check(*heads_first(case), band=case.band, scale=case.softmax_scale)
 
 
+@pytest.mark.parametrize(("heads", "heads_kv"), [(3, 3), (10, 5)])
+@pytest.mark.parametrize("dim", [48, 72])
+@pytest.mark.parametrize("band", [Band(None, 90), Band(-150, -3)])
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+def test_heads_that_share_a_task(monkeypatch, heads, heads_kv, dim, band, factor):
+    monkeypatch.setattr(cpu, "MIN_TASKS", 1)
+    q, k, v, _ = random_operands((2, heads, 700, dim), (2, heads_kv, 1100, dim))
+    expected = forward(factor * q, k, v, band=band)
+    Yardstick(factor * q, k, v, band=band).assert_forward(*expected)
+    for alone, together in zip(forward(factor * q[1:], k[1:], v[1:], band=band), expected, strict=True):
+        np.testing.assert_array_equal(alone[0], together[1])
+
+
 @pytest.mark.parametrize("num_heads", [3, 500])
 def test_group_larger_than_a_tile(num_heads):
     check(*random_operands((1, num_heads, 3, 8), (1, 1, 70, 8)), band=Band(-2, 60))
