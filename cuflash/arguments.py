@@ -20,6 +20,7 @@ import numpy
 from .arrays import ALIGNMENT, CPU, ArrayView
 from .problem import ITEMSIZE, Problem
 from .scores import Band, make_band
+from .tensor_map import STRIDE_LIMIT
 
 #: What to convert other dtypes to; anything not listed goes to float32.
 _NEAREST_DTYPE = {
@@ -445,6 +446,7 @@ def _call(
         precision=_check_precision(options.precision, shapes.dtype, shapes.device),
         deterministic=_check_bool(options.deterministic, "deterministic"),
         vectorized=is_vectorized,
+        mappable=all(0 <= stride * itemsize < STRIDE_LIMIT for stride in sum(strides, ())),
     )
     spans = tuple(operand.span for operand in operands)
     return Call(problem, shapes.device, loop, strides, spans, shapes.out_shape, shapes.lse_shape, gradient_shapes)

@@ -79,7 +79,7 @@ def arch_option(config: Config, arch: int) -> tuple[str, ...]:
     CuPy appends ``-arch=sm_90`` of its own; NVRTC >= 12.9 accepts both and keeps the more specific one,
     which is not documented: :func:`load` checks the outcome.
     """
-    return (f"-arch=sm_{arch}a",) if getattr(config, "arch_specific", False) else ()
+    return (f"-arch=sm_{arch}a",) if config.arch_specific else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class CompileError(RuntimeError):
 def compile_cubin(config: Config, arch: int) -> Compiled:
     """Compile for an architecture with NVRTC alone; needs no GPU."""
     nvrtc = _nvrtc()
-    arch_name = f"-arch=sm_{arch}" + ("a" if getattr(config, "arch_specific", False) else "")
+    arch_name = f"-arch=sm_{arch}" + ("a" if config.arch_specific else "")
     options = (*_OPTIONS, *_CUPY_OPTIONS, arch_name, f"-I{kernel_root()}", "--ptxas-options=-v")
     start = time.perf_counter()
     program = nvrtc.createProgram(source(config), f"{config.name}.cu", (), ())
@@ -200,7 +200,7 @@ def _load(config: Config, device_id: int) -> Kernel:
             raise CompileError(f"{config.name} for sm_{arch}:\n{error}") from error
         finally:
             hint.cancel()
-        if getattr(config, "arch_specific", False) and attributes["binary_version"] != arch:
+        if config.arch_specific and attributes["binary_version"] != arch:
             raise CompileError(f"{config.name}: built for sm_{attributes['binary_version']}, wanted sm_{arch}a")
         handle = function.kernel.ptr
     message = f"{config.name}: loaded in {time.perf_counter() - start:.2f} s, {attributes['num_regs']} registers"
@@ -250,7 +250,7 @@ def _disassemble(cubin: Path, target: Path) -> None:
 
 def _ptx(config: Config, arch: int) -> bytes:
     nvrtc = _nvrtc()
-    suffix = "a" if getattr(config, "arch_specific", False) else ""
+    suffix = "a" if config.arch_specific else ""
     options = (*_OPTIONS, *_CUPY_OPTIONS, f"-arch=compute_{arch}{suffix}", f"-I{kernel_root()}")
     program = nvrtc.createProgram(source(config), f"{config.name}.cu", (), ())
     try:

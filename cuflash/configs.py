@@ -21,7 +21,7 @@ ARCHS = (75, 80, 86, 89, 90, 100, 120)
 SMEM_PER_BLOCK = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 _MMA_CPP = {"f16": "kF16", "bf16": "kBF16", "f16_turing": "kF16Turing", "tf32": "kTF32", "tf32x3": "kTF32x3"}
-_COPY_CPP = {"async": "kAsync", "vector": "kVector", "element": "kElement"}
+_COPY_CPP = {"tma": "kTma", "async": "kAsync", "vector": "kVector", "element": "kElement"}
 _DTYPE_CPP = {"float16": "kF16", "bfloat16": "kBF16", "float32": "kF32", "float64": "kF64"}
 _STEP_CPP = {"delta": "kDelta", "dkdv": "kDKDV", "dq": "kDQ"}
 _ENUMS = {
@@ -40,6 +40,10 @@ def pad_head_dims(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
 def smem_limit(arch: int) -> int:
     """Shared memory of a block on the nearest architecture at or below `arch`."""
     return SMEM_PER_BLOCK[max(known for known in ARCHS if known <= arch)]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _elem_bytes(mma: str) -> int:
@@ -69,13 +73,17 @@ class Config:
     host_fields: ClassVar[frozenset[str]] = frozenset({"min_blocks", "tuned"})
     #: Blocks per multiprocessor that registers have to suffice for.
     min_blocks: int
+    num_warps: int
     #: Whether the kernel does without tensor cores.
     is_simt: ClassVar[bool] = False
+
+    #: Whether the kernel's instructions exist on one architecture only, and not on later ones.
+    arch_specific: ClassVar[bool] = False
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        raise NotImplementedError
+        return 32 * self.num_warps
 
     @property
     def smem_bytes(self) -> int:
@@ -86,6 +94,11 @@ class Config:
     def name(self) -> str:
         """Name of the kernel, unique among configurations."""
         raise NotImplementedError
+
+    @property
+    def rounding(self) -> tuple[object, ...]:
+        """What the bits of a result depend on: configurations that agree in this are free to replace each other."""
+        return (self,)
 
     @property
     def cpp(self) -> str:
@@ -125,10 +138,6 @@ class ForwardMmaConfig(Config):
     params: ClassVar[str] = "ForwardParams"
 
     @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
     def elem_bytes(self) -> int:
         return _elem_bytes(self.mma)
 
@@ -143,6 +152,51 @@ class ForwardMmaConfig(Config):
         return (
             f"attention_forward_mma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
             f"_w{self.num_warps}{'_overlap' if self.overlap else ''}_{self.copy}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardWgmmaConfig(Config):
+    """``forward_wgmma.cuh``."""
+
+    mma: str
+    copy: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    num_stages: int = 2
+    q_stages: int = 2
+    ping_pong: bool = True
+    min_blocks: int = 1
+
+    header: ClassVar[str] = "forward_wgmma.cuh"
+    function: ClassVar[str] = "forward_wgmma"
+    params: ClassVar[str] = "ForwardWgmmaParams"
+    arch_specific: ClassVar[bool] = True
+
+    @property
+    def num_warps(self) -> int:  # type: ignore[override]
+        return 4 * (self.block_m // 64 + 1)
+
+    @property
+    def rounding(self) -> tuple[object, ...]:
+        # A warp's 16 queries are the same in tiles of any multiple of 64, and so are the blocks of keys they see.
+        return (self.function, self.mma, self.head_dim, self.head_dim_v, self.block_n)
+
+    @property
+    def smem_bytes(self) -> int:
+        # Tile rows are whole slabs of 64 columns.
+        columns, columns_v = (_ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
+        stage = self.block_n * (columns + columns_v)
+        elems = self.q_stages * self.block_m * columns + self.num_stages * stage
+        return 2 * elems + 32 * (self.q_stages + self.num_stages)
+
+    @property
+    def name(self) -> str:
+        return (
+            f"attention_forward_wgmma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
+            f"_s{self.num_stages}_q{self.q_stages}{'_pingpong' if self.ping_pong else ''}_{self.copy}"
         )
 
 
@@ -167,10 +221,6 @@ class BackwardMmaConfig(Config):
     header: ClassVar[str] = "backward_mma.cuh"
     function: ClassVar[str] = "backward_mma"
     params: ClassVar[str] = "BackwardParams"
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
 
     @property
     def elem_bytes(self) -> int:
@@ -214,10 +264,6 @@ class BackwardPreprocessConfig(Config):
         return 0
 
     @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
     def name(self) -> str:
         return (
             f"attention_backward_preprocess_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}"
@@ -241,10 +287,6 @@ class BackwardConvertConfig(Config):
     header: ClassVar[str] = "backward_convert.cuh"
     function: ClassVar[str] = "backward_convert"
     params: ClassVar[str] = "BackwardParams"
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
 
     @property
     def smem_bytes(self) -> int:
@@ -275,10 +317,6 @@ class ForwardSimtConfig(Config):
     params: ClassVar[str] = "ForwardParams"
 
     @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
-
-    @property
     def smem_bytes(self) -> int:
         return _block_gemm_bytes(self.dtype, self.block_m, self.block_n, self.columns)
 
@@ -303,10 +341,6 @@ class BackwardSimtConfig(Config):
     function: ClassVar[str] = "backward_simt"
     is_simt: ClassVar[bool] = True
     params: ClassVar[str] = "BackwardParams"
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.num_warps
 
     @property
     def smem_bytes(self) -> int:
@@ -423,6 +457,11 @@ def mma_of(dtype: str, precision: str, arch: int) -> str | None:
     return None
 
 
+def has_wgmma(mma: str, arch: int) -> bool:
+    """Whether the Hopper kernels compute this: their instructions exist on sm_90 alone, for 16-bit elements."""
+    return arch == 90 and _elem_bytes(mma) == 2
+
+
 def _copy(arch: int, vectorized: bool) -> str:
     return "element" if not vectorized else "async" if arch >= 80 else "vector"
 
@@ -445,6 +484,37 @@ def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vect
         min_blocks=min_blocks,
         tuned=vectorized and (elem_bytes, size, dim) not in _FORWARD_TIGHT,
     )
+
+
+# Hopper forward, by padded head dims: block_n, and for each block_m the num_stages, q_stages, ping_pong, and what a
+# tile costs relative to the first row, which does most for its time. Smaller tiles are for when there are few.
+# Measured on an H200 (bench/tune.py).
+_WgmmaRow = tuple[int, int, int, bool, float]
+_FORWARD_WGMMA: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] = {
+    (32, 32): (128, ((192, 3, 2, True, 1.0), (128, 4, 2, True, 0.79), (64, 4, 2, False, 0.56))),
+    (64, 64): (128, ((192, 3, 2, True, 1.0), (128, 4, 2, True, 0.79), (64, 4, 2, False, 0.56))),
+    (96, 96): (128, ((128, 2, 2, True, 1.0), (64, 2, 2, False, 0.7))),
+    (128, 128): (128, ((128, 2, 2, True, 1.0), (64, 2, 2, False, 0.7))),
+    (192, 128): (128, ((128, 2, 1, True, 1.0), (64, 2, 1, False, 0.7))),
+    (192, 192): (112, ((128, 2, 1, True, 1.0), (64, 2, 1, False, 0.65))),
+    (256, 256): (80, ((128, 2, 1, True, 1.0), (64, 2, 1, False, 0.6))),
+}
+
+
+def forward_wgmma_configs(
+    mma: str, head_dim: int, head_dim_v: int, vectorized: bool
+) -> list[tuple[ForwardWgmmaConfig, float]]:
+    """The rows of the table, each with the cost of a tile; `head_dim`s are padded ones.
+
+    The rows of one entry give the same bits: they differ in nothing that rounding depends on.
+    """
+    block_n, rows = _FORWARD_WGMMA[head_dim, head_dim_v]
+    copy = "tma" if vectorized else "element"
+    return [
+        (ForwardWgmmaConfig(mma, copy, head_dim, head_dim_v, block_m, block_n, stages, q_stages, ping_pong), cost)
+        for block_m, stages, q_stages, ping_pong, cost in rows
+        if vectorized or block_m < 192  # copying element by element takes registers that three consumers do not leave
+    ]
 
 
 # Backward: block_m, block_n, num_warps, num_stages, dq_warps_m, min_blocks.
@@ -528,7 +598,7 @@ def backward_mma_config(
 ) -> BackwardMmaConfig:
     """The row of the table for one architecture; `head_dim`s are padded ones."""
     size, dim = _smem_class(arch), max(head_dim, head_dim_v)
-    if mma.startswith("tf32"):
+    if _elem_bytes(mma) == 4:
         row = _BACKWARD_32BIT[size][dim]
     else:
         row = _BACKWARD_16BIT[size][dim]
@@ -619,6 +689,8 @@ def _all_configs(arch: int) -> Iterator[Config]:
                 continue
             for head_dim, head_dim_v in HEAD_DIM_PAIRS:
                 for vectorized in (True, False):
+                    if has_wgmma(mma, arch):
+                        yield from (row[0] for row in forward_wgmma_configs(mma, head_dim, head_dim_v, vectorized))
                     yield forward_mma_config(mma, arch, head_dim, head_dim_v, vectorized)
                     for deterministic in (False, True):
                         main = backward_mma_config(mma, arch, head_dim, head_dim_v, vectorized, deterministic)

@@ -6,6 +6,7 @@ keeps per thread and calls the driver; the driver copies the block before it ret
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import struct
 import sys
@@ -19,16 +20,27 @@ from . import compile as compiler
 from . import configs, environment, params
 from .plan import DeviceInfo, Plan, plan_backward, plan_forward
 from .problem import ITEMSIZE, Problem
+from .scores import Band
+from .tensor_map import TensorMap, TensorMaps
 
 
 class _Call:
     """Launches that share one parameter block. Pointers are written per call, everything else once."""
 
-    def __init__(self, plans: tuple[Plan, ...], device_id: int, block: np.ndarray, pointers: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        plans: tuple[Plan, ...],
+        device_id: int,
+        block: np.ndarray,
+        pointers: tuple[str, ...],
+        maps: TensorMaps | None = None,
+    ) -> None:
+        """Descriptors, if there are any, are those of the first pointers and come first in the block."""
         from cupy_backends.cuda.api import driver, runtime
 
         assert block.dtype.fields is not None
         self._block = block
+        self._maps = maps
         self._offsets = [block.dtype.fields[name][1] for name in pointers]
         self._driver_launch = driver.launchKernel
         self._launches = []
@@ -49,13 +61,16 @@ class _Call:
         arguments = np.array([block.ctypes.data], dtype=np.uintp)
         bytes_of_block = memoryview(block.view(np.uint8))  # type: ignore[arg-type]
         writers = [(functools.partial(_POINTER.pack_into, bytes_of_block, offset)) for offset in self._offsets]
-        state = self._local.state = (writers, arguments.ctypes.data, arguments, block)
+        state = self._local.state = (writers, arguments.ctypes.data, bytes_of_block, arguments, block)
         return state
 
     def __call__(self, stream: int, *pointers: int) -> None:
         state = getattr(self._local, "state", None) or self._thread_state()
         for write, pointer in zip(state[0], pointers):  # noqa: B905 (checked by the tests; this path is hot)
             write(pointer)
+        if self._maps is not None:
+            encoded = self._maps(pointers[: self._maps.count])
+            state[2][: len(encoded)] = encoded
         for launch in self._launches:
             self._driver_launch(*launch, stream, state[1], 0)
 
@@ -78,6 +93,34 @@ def _announce(problem: Problem, plans: tuple[Plan, ...]) -> None:
         print(problem, *plans, sep="\n", file=sys.stderr)
 
 
+def _with_keys(problem: Problem, first: int, end: int) -> Problem:
+    """The problem with keys [first, end) alone, counted from 0 again."""
+    if end - first == problem.seqlen_k:
+        return problem
+    lower, upper = (None if bound is None else bound - first for bound in (problem.band.lower, problem.band.upper))
+    return dataclasses.replace(problem, seqlen_k=end - first, band=Band(lower, upper))
+
+
+def _forward_maps(
+    problem: Problem, config: configs.ForwardWgmmaConfig, pack: int, *strides: params.Strides
+) -> TensorMaps:
+    """Descriptors of q, (dim, query head of a pack, row, head, batch), and of k and v, (dim, row, head, batch)."""
+    p = problem
+    q, k, v = (tuple(stride * ITEMSIZE[p.dtype] for stride in operand) for operand in strides)
+    q_lengths = (p.head_dim, pack, p.seqlen_q, p.num_heads // pack, p.batch)
+    q_strides = (q[1], q[2], q[1] * pack, q[0])
+    k_lengths = (p.head_dim, p.seqlen_k, p.num_heads_kv, p.batch)
+    v_lengths = (p.head_dim_v, *k_lengths[1:])
+    key_box = (64, config.block_n, 1, 1)
+    return TensorMaps(
+        [
+            TensorMap(p.dtype, q_lengths, q_strides, (64, pack, config.block_m // pack, 1, 1)),
+            TensorMap(p.dtype, k_lengths, k[::-1], key_box),
+            TensorMap(p.dtype, v_lengths, v[::-1], key_box),
+        ]
+    )
+
+
 class ForwardCall:
     """A forward call but for its pointers.
 
@@ -97,20 +140,33 @@ class ForwardCall:
         device_info: DeviceInfo | None = None,
         plan: Plan | None = None,
     ) -> None:
+        # Keys that no query sees are cut off, so that no tile reaches into them.
+        first_key, end_key = problem.band.key_range(0, problem.seqlen_q, problem.seqlen_k)
+        problem = _with_keys(problem, first_key, end_key)
+        itemsize = ITEMSIZE[problem.dtype]
+        self._k_offset, self._v_offset = k[2] * first_key * itemsize, v[2] * first_key * itemsize
         self.plan = plan or plan_forward(problem, device_info or DeviceInfo.current(device_id), environment.kernel())
         _announce(problem, (self.plan,))
-        block = np.zeros(1, params.PARAMS["ForwardParams"])
+        config = self.plan.config
+        block = np.zeros(1, params.PARAMS[config.params])
         for name, strides in (("q", q), ("k", k), ("v", v), ("out", out)):
-            params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
+            params.fill_operand(block, name, strides, itemsize)
         params.fill_shape(block, problem)
         # A scale of 0 becomes one so small that products vanish: 0 times a hidden score would be NaN.
         block["scale_log2"] = max(abs(problem.scale) * params.LOG2_E, 1e-37)
         block["score_sign"] = -1.0 if problem.scale < 0 else 1.0
-        self._call = _Call((self.plan,), device_id, block, ("q", "k", "v", "out", "lse"))
+        maps = None
+        if self.plan.order is not None:
+            block["scale_log2"] *= block["score_sign"]
+            block["order"] = dataclasses.astuple(self.plan.order)
+            assert isinstance(config, configs.ForwardWgmmaConfig)
+            if config.copy == "tma":
+                maps = _forward_maps(problem, config, self.plan.order.pack, q, k, v)
+        self._call = _Call((self.plan,), device_id, block, ("q", "k", "v", "out", "lse"), maps)
 
     def __call__(self, q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
         """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0."""
-        self._call(stream, q, k, v, out, lse)
+        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse)
 
 
 class BackwardCall:

@@ -27,17 +27,38 @@ _SHAPE = np.dtype(
     ],
     align=True,
 )  # fmt: skip
+_FORWARD = [
+    *((name, _OPERAND) for name in ("q", "k", "v", "out")),
+    ("lse", "u8"),
+    ("shape", _SHAPE),
+    ("scale", "f8"),
+    ("scale_log2", "f4"),
+    ("score_sign", "f4"),
+]
+_TILE_ORDER = np.dtype(
+    [(name, "i4") for name in ("num_tiles", "num_m_blocks", "num_heads", "section", "pack")], align=True
+)
+
+
+def _aligned(fields: list[tuple[str, Any]], alignment: int) -> np.dtype:
+    """A struct whose size is a multiple of more than its fields ask for."""
+    dtype = np.dtype(fields, align=True)
+    assert dtype.fields is not None
+    names = list(dtype.fields)
+    return np.dtype(
+        {
+            "names": names,
+            "formats": [dtype.fields[name][0] for name in names],
+            "offsets": [dtype.fields[name][1] for name in names],
+            "itemsize": -(-dtype.itemsize // alignment) * alignment,
+        }
+    )
+
+
 PARAMS = {
-    "ForwardParams": np.dtype(
-        [
-            *((name, _OPERAND) for name in ("q", "k", "v", "out")),
-            ("lse", "u8"),
-            ("shape", _SHAPE),
-            ("scale", "f8"),
-            ("scale_log2", "f4"),
-            ("score_sign", "f4"),
-        ],
-        align=True,
+    "ForwardParams": np.dtype(_FORWARD, align=True),
+    "ForwardWgmmaParams": _aligned(
+        [*((name, "V128") for name in ("q_map", "k_map", "v_map")), *_FORWARD, ("order", _TILE_ORDER)], 64
     ),
     "BackwardParams": np.dtype(
         [

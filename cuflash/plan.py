@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
+
 from . import configs
 from .configs import Config
-from .problem import Problem
+from .problem import ITEMSIZE, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,86 @@ class Workspace:
 
 
 @dataclass(frozen=True, slots=True)
+class TileOrder:
+    """How blocks that take tiles of queries one after the other number them: ``TileOrder`` of ``params.cuh``."""
+
+    num_tiles: int
+    num_m_blocks: int
+    num_heads: int
+    section: int
+    pack: int
+
+    @classmethod
+    def of(cls, problem: Problem, config: configs.ForwardWgmmaConfig, pack: int, grid: int) -> TileOrder:
+        """Tiles of a head each, or of the `pack` query heads that share keys, for `grid` blocks."""
+        p = problem
+        rows = config.block_m // pack
+        num_m_blocks, num_heads = _ceil_div(p.seqlen_q, rows), p.num_heads // pack
+        group, heads = max(p.group_size // pack, 1), p.batch * num_heads
+        if p.band.is_open or num_m_blocks <= 1 or heads == 0:
+            section = group  # the heads that share keys and values, then the next ones
+        else:
+            work = _key_blocks(p, rows, num_m_blocks, config.block_n)
+            section = _section(p, work, heads, group, grid)
+        return cls(num_m_blocks * heads, num_m_blocks, num_heads, section, pack)
+
+
+#: What a tile costs beside its key blocks, in key blocks.
+_TILE_COST = 0.75
+#: Bytes of keys and values that stay in the level-2 cache of an H100 (50 MB) or H200.
+_CACHE_BYTES = 40 << 20
+#: Tiles that are enough to see how evenly an order spreads them.
+_MAX_SIMULATED = 1 << 15
+
+
+def _key_blocks(problem: Problem, rows: int, num_m_blocks: int, block_n: int) -> np.ndarray:
+    """Key blocks that each tile of `rows` queries visits; ``block_range.cuh`` is the other side."""
+    begin = np.arange(num_m_blocks, dtype=np.int64) * rows
+    end = np.minimum(begin + rows, problem.seqlen_q)
+    lower, upper = problem.band.lower, problem.band.upper
+    first = np.zeros_like(begin) if lower is None else np.maximum(begin + lower, 0)
+    last = np.full_like(begin, problem.seqlen_k) if upper is None else np.minimum(end + upper, problem.seqlen_k)
+    return np.where(first < last, (last + block_n - 1) // block_n - first // block_n, 0)
+
+
+def _section(problem: Problem, work: np.ndarray, heads: int, group: int, grid: int) -> int:
+    """Heads per section: few, so that their keys stay in the cache, but so that all blocks get the same work.
+
+    Blocks take tiles in turn, forwards and backwards (``tile_order.cuh``), and tiles of a head differ in work.
+    Whether that evens out depends on how the numbers of tiles and of blocks divide: it is tried.
+    """
+    p = problem
+    heads = min(heads, max(_MAX_SIMULATED // len(work), 1))
+    choices = [group * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if group * n < heads] + [heads]
+    costs = {section: _makespan(work + _TILE_COST, heads, section, grid) for section in choices}
+    head_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * ITEMSIZE[p.dtype] // group
+    cached = {section: cost for section, cost in costs.items() if section * head_bytes <= _CACHE_BYTES}
+    # Wide heads need more bytes for their work than memory delivers besides, narrow ones less.
+    patience = 1.05 if p.head_dim > 64 else 1.01
+    if cached and min(cached.values()) <= patience * min(costs.values()):
+        costs = cached
+    return next(section for section, cost in costs.items() if cost <= 1.01 * min(costs.values()))
+
+
+def _makespan(cost: np.ndarray, heads: int, section: int, grid: int) -> float:
+    """Work of the block that has the most."""
+    sections = [min(section, heads - first) for first in range(0, heads, section)]
+    tiles = np.concatenate([np.repeat(cost[::-1], size) for size in sections])
+    rounds = _ceil_div(len(tiles), grid)
+    table = np.zeros((rounds, grid))
+    table.ravel()[: len(tiles)] = tiles
+    table[1::2] = table[1::2, ::-1]
+    return float(table.sum(axis=0).max())
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One launch: the kernel's configuration and how many blocks of it."""
 
     config: Config
     grid: int
     workspace: Workspace | None = None
+    order: TileOrder | None = None
 
     @property
     def kernel(self) -> str:
@@ -98,9 +174,13 @@ class Plan:
 
     def __str__(self) -> str:
         workspace = f", workspace {self.workspace_bytes:,} B" if self.workspace is not None else ""
+        order = ""
+        if self.order is not None:
+            order = f", {self.order.num_tiles:,} tiles in sections of {self.order.section} heads"
+            order += f", {self.order.pack} query heads in one tile" if self.order.pack > 1 else ""
         return (
             f"{self.config.name}\n  {self.config.cpp}\n"
-            f"  grid {self.grid} x {self.block} threads, {self.smem_bytes:,} B of shared memory{workspace}"
+            f"  grid {self.grid} x {self.block} threads, {self.smem_bytes:,} B of shared memory{workspace}{order}"
         )
 
 
@@ -116,9 +196,9 @@ def _tensor_core(problem: Problem, device: DeviceInfo, family: str) -> tuple[str
     head_dims = configs.pad_head_dims(problem.head_dim, problem.head_dim_v)
     if mma is not None and head_dims is not None:
         return mma, *head_dims
-    if family == "mma":
+    if family in ("mma", "wgmma"):
         raise ValueError(
-            f"CUFLASH_KERNEL: got mma for {problem.dtype} with head_dim {problem.head_dim} and head_dim_v "
+            f"CUFLASH_KERNEL: got {family} for {problem.dtype} with head_dim {problem.head_dim} and head_dim_v "
             f"{problem.head_dim_v} on sm_{device.arch}, which no such kernel computes; wanted auto or simt"
         )
     return None
@@ -133,8 +213,50 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
         chunks = _ceil_div(p.head_dim_v, simt.columns)
         return Plan(simt, chunks * _ceil_div(p.seqlen_q, simt.block_m) * p.num_heads * p.batch)
     mma, head_dim, head_dim_v = choice
+    # Unaligned rows are copied element by element; the portable kernels have more threads for that.
+    fits = configs.has_wgmma(mma, device.arch) and p.mappable
+    if fits and (family == "wgmma" or (family == "auto" and p.vectorized)):
+        return _plan_forward_wgmma(mma, head_dim, head_dim_v, p, device)
+    if family == "wgmma":
+        why = "strides that no TMA descriptor holds" if configs.has_wgmma(mma, device.arch) else f"sm_{device.arch}"
+        raise ValueError(
+            f"CUFLASH_KERNEL: got wgmma for {p.dtype} on {why}, which no such kernel computes; wanted auto, mma or simt"
+        )
     config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized)
     return Plan(config, _ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
+
+
+def _plan_forward_wgmma(mma: str, head_dim: int, head_dim_v: int, problem: Problem, device: DeviceInfo) -> Plan:
+    p = problem
+    rows = configs.forward_wgmma_configs(mma, head_dim, head_dim_v, p.vectorized)
+    largest = rows[0][0]
+    pack = _pack(p, largest.block_m) if p.vectorized else 1
+    if pack > 1:  # by lengths alone: how queries of different heads share warps may show in the last bit
+        config = next((row for row, _ in reversed(rows) if row.block_m // pack >= p.seqlen_q), largest)
+    else:
+
+        def waves(row: tuple[configs.ForwardWgmmaConfig, float]) -> float:
+            tiles = _ceil_div(p.seqlen_q, row[0].block_m) * p.num_heads * p.batch
+            return _ceil_div(tiles, device.num_sms) * row[1]
+
+        config = min(rows, key=waves)[0]
+    return wgmma_plan(config, p, device, pack)
+
+
+def _pack(problem: Problem, block_m: int) -> int:
+    """Query heads in one tile: all that share keys, where tiles of single heads would be emptier."""
+    p = problem
+    if not 1 < p.group_size <= block_m:
+        return 1
+    padded = _ceil_div(p.seqlen_q, block_m) * block_m * p.group_size
+    packed = _ceil_div(p.seqlen_q, block_m // p.group_size) * block_m  # the rows of a query stay in one tile
+    return p.group_size if packed < 0.9 * padded else 1
+
+
+def wgmma_plan(config: configs.ForwardWgmmaConfig, problem: Problem, device: DeviceInfo, pack: int = 1) -> Plan:
+    """The launch of a Hopper configuration: a block per multiprocessor, or per tile if there are fewer."""
+    order = TileOrder.of(problem, config, pack, device.num_sms)
+    return Plan(config, min(order.num_tiles, device.num_sms), order=order)
 
 
 def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") -> tuple[Plan, ...]:

@@ -33,6 +33,8 @@ class Problem:
     deterministic: bool = False
     #: Every row of every operand starts on 16 bytes and is a multiple of 16 bytes long.
     vectorized: bool = True
+    #: No stride is negative or out of the reach of a TMA descriptor.
+    mappable: bool = True
 
     @property
     def group_size(self) -> int:

@@ -122,7 +122,14 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
             for (int m = 0; m < kM; ++m) flip[m][0] = flip[m][1] = -1.f;
             scale_rows(s, flip);
         }
-        if (range.needs_mask(n)) mask_scores(s, shape, q_begin + warp_row, n * cfg.block_n, lane);
+        if (range.needs_mask(n)) {
+            int q_idx[kM][2];
+#pragma unroll
+            for (int m = 0; m < kM; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) q_idx[m][h] = q_begin + warp_row + 16 * m + acc_row(lane, 2 * h);
+            mask_scores(s, shape, q_idx, n * cfg.block_n, lane);
+        }
     };
     // P of the columns of one k-step, from S and the row shifts; adds to the row sums.
     auto probabilities = [&](float (&s)[kM][kN][4], int k_step) {

@@ -19,6 +19,21 @@ struct ForwardMmaConfig {
     constexpr int threads() const { return 32 * num_warps; }
 };
 
+struct ForwardWgmmaConfig {
+    Mma mma;
+    Copy copy;       // kTma, or kElement by all threads of the producer
+    int head_dim;    // padded to a multiple of 16
+    int head_dim_v;  // padded to a multiple of 32
+    int block_m;     // query rows of a tile: 64 for each consumer warpgroup
+    int block_n;     // keys of one step
+    int num_stages;  // key/value tiles in flight
+    int q_stages;    // query tiles in flight; with two, the first scores of a tile run beside the end of the one before
+    bool ping_pong;  // warpgroups take turns: products of one beside the softmax of the other
+
+    constexpr int consumers() const { return block_m / 64; }
+    constexpr int threads() const { return 128 * (consumers() + 1); }
+};
+
 struct BackwardMmaConfig {
     Mma mma;
     Copy copy;

@@ -25,3 +25,40 @@ CUFLASH_DEVICE void acc_to_smem(u32 smem, float const (&acc)[kM][kN][4], int row
                 }
             }
 }
+
+// One row of a warp's accumulators (row g if h is 0, g + 8 if it is 1) straight to memory; `target` is this lane's row.
+// The four lanes of a quad swap words until each has 16 neighbouring bytes.
+template <Mma kMma, bool kAligned, int kN>
+CUFLASH_DEVICE void store_acc_row(char* target, float const (&acc)[kN][4], int h, bool valid, int row_bytes, int lane) {
+    static_assert(kN % 4 == 0, "a quad shares four tiles of eight columns");
+    int const t = lane % 4;
+#pragma unroll
+    for (int n = 0; n < kN; n += 4) {
+        u32 word[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) word[j] = pack<kMma>(acc[n + j][2 * h], acc[n + j][2 * h + 1]);
+        if constexpr (kAligned) {
+            // Lane t holds word t of four tiles, and wants all words of tile t: a transposition of 4 x 4.
+#pragma unroll
+            for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    if (j & bit) continue;
+                    u32 const got = __shfl_xor_sync(0xffffffffu, t & bit ? word[j] : word[j + bit], bit);
+                    (t & bit ? word[j] : word[j + bit]) = got;
+                }
+            int const byte = (n + t) * 16;
+            if (valid && byte < row_bytes)
+                *reinterpret_cast<uint4*>(target + byte) = uint4{word[0], word[1], word[2], word[3]};
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    int const byte = (n + j) * 16 + t * 4 + i * 2;
+                    if (valid && byte < row_bytes)
+                        *reinterpret_cast<u16*>(target + byte) = static_cast<u16>(word[j] >> (16 * i));
+                }
+        }
+    }
+}

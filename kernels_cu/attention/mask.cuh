@@ -4,23 +4,24 @@
 #include "../tile/fragment.cuh"
 #include "params.cuh"
 
-// Scores of queries q_idx.. (16 per m) and keys k_idx.. (8 per n) held as accumulators; hidden becomes -inf.
+// Scores of this lane's queries and of keys k_idx.. (8 per n) held as accumulators; hidden becomes `hidden`.
 template <int kM, int kN>
-CUFLASH_DEVICE void mask_scores(float (&s)[kM][kN][4], Shape const& shape, int q_idx, int k_idx, int lane) {
+CUFLASH_DEVICE void mask_scores(float (&s)[kM][kN][4], Shape const& shape, int const (&q_idx)[kM][2], int k_idx,
+                                int lane, float hidden = -infinity()) {
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            int const q = q_idx + 16 * m + acc_row(lane, 2 * half);
-            int const begin = q + shape.lower - k_idx;
-            int const end = min(shape.seqlen_k, q + shape.upper + 1) - k_idx;
+            int const q = q_idx[m][half];
+            // Relative to the lane's first column, so that columns are compared as constants.
+            int const origin = k_idx + acc_col(lane, 0);
+            int const begin = q + shape.lower - origin;
+            int const end = min(shape.seqlen_k, q + shape.upper + 1) - origin;
 #pragma unroll
             for (int n = 0; n < kN; ++n)
 #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    int const k = 8 * n + acc_col(lane, i);
-                    if (k < begin || k >= end) s[m][n][i] = -infinity();
-                }
+                for (int i = 0; i < 2; ++i)
+                    if (8 * n + i < begin || 8 * n + i >= end) s[m][n][2 * half + i] = hidden;
         }
 }
 
@@ -33,15 +34,14 @@ CUFLASH_DEVICE void mask_probabilities(float (&p)[kM][kN][4], Shape const& shape
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int const k = k_idx + 16 * m + acc_row(lane, 2 * half);
-            int const begin = k - shape.upper - q_idx;
-            int const end = k < shape.seqlen_k ? min(shape.seqlen_q, k - shape.lower + 1) - q_idx : 0;
+            int const origin = q_idx + acc_col(lane, 0);
+            int const begin = k - shape.upper - origin;
+            int const end = k < shape.seqlen_k ? min(shape.seqlen_q, k - shape.lower + 1) - origin : begin;
 #pragma unroll
             for (int n = 0; n < kN; ++n)
 #pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                    int const q = 8 * n + acc_col(lane, i);
-                    if (q < begin || q >= end) p[m][n][i] = 0.f;
-                }
+                for (int i = 0; i < 2; ++i)
+                    if (8 * n + i < begin || 8 * n + i >= end) p[m][n][2 * half + i] = 0.f;
         }
 }
 

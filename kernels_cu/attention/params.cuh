@@ -1,6 +1,7 @@
 // What a launch passes to a kernel, by value. cuflash/launch.py holds the same structs as NumPy dtypes
 // and the generated entry asserts that sizes and offsets agree.
 #pragma once
+#include "../ptx/tma.cuh"
 #include "../ptx/types.cuh"
 
 // A (batch, heads, seqlen, dim) operand with contiguous dim; strides in bytes.
@@ -34,6 +35,26 @@ struct ForwardParams {
     double scale;        // of q.k
     float scale_log2;    // |scale| * log2(e), never 0: see softmax.cuh
     float score_sign;    // sign of scale
+};
+
+// How tiles of queries are numbered, and which rows they have.
+struct TileOrder {
+    i32 num_tiles;     // in all
+    i32 num_m_blocks;  // per head
+    i32 num_heads;     // heads with tiles of their own: key/value heads where their query heads are packed
+    i32 section;       // heads (of all batches) that are worked on together, so that their keys and values stay in L2
+    i32 pack;          // query heads that share a tile: row r is query r / pack of head r % pack
+};
+
+struct ForwardWgmmaParams {
+    TensorMap q_map, k_map, v_map;
+    Operand q, k, v, out;
+    char* lse;
+    Shape shape;
+    double scale;
+    float scale_log2;
+    float score_sign;
+    TileOrder order;
 };
 
 struct BackwardParams {

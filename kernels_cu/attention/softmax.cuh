@@ -69,6 +69,103 @@ struct OnlineSoftmax {
     }
 };
 
+// Online softmax that looks for maxima only when it must, for a warp with 16 rows (g and g + 8).
+//
+// Any shift gives the same result as long as no weight overflows, and an overflow shows in the sum of the weights, which
+// is needed anyway. So weights are computed with the shift that is there, and maxima are looked for when a row
+// sees its first keys (`settle`), or when the sum says that the shift has become too small: then the scores, which
+// the weights have replaced, are computed again, and `raise` finds a new shift. The first is once per row, the
+// second rare: scores must have grown by a factor of 2^kLimitLog2 in exp2(score).
+//
+// scale_log2 has the sign of the scale, and is never 0: hidden scores are infinite, with the sign that makes their weights
+// vanish.
+struct EagerSoftmax {
+    static constexpr float kLimit = 16384.f;  // of the weights of one lane and tile; float16 holds each of them
+
+    float shift[2];    // log2 units; +inf for a row that has seen no key, whose weights therefore are 0
+    float row_sum[2];  // this lane's part only, until `finish`
+    bool unseen;       // whether a row of the warp has seen no key
+
+    CUFLASH_DEVICE void init() {
+        shift[0] = shift[1] = infinity();
+        row_sum[0] = row_sum[1] = 0.f;
+        unseen = true;
+    }
+
+    template <int kN>
+    CUFLASH_DEVICE static float row_max(float const (&s)[kN][4], int h, float scale_log2) {
+        float part[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) part[i] = s[i / 2][2 * h + i % 2] * scale_log2;
+#pragma unroll
+        for (int i = 4; i < 2 * kN; ++i) part[i % 4] = fmaxf(part[i % 4], s[i / 2][2 * h + i % 2] * scale_log2);
+        return quad_max(fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3])));
+    }
+
+    // Rows that see their first keys take the maximum as shift.
+    template <int kN>
+    CUFLASH_DEVICE void settle(float const (&s)[kN][4], float scale_log2) {
+        bool none = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float const top = row_max(s, h, scale_log2);
+            if (shift[h] == infinity() && top > -infinity()) shift[h] = top;
+            none |= shift[h] == infinity();
+        }
+        unseen = __any_sync(0xffffffffu, none);
+    }
+
+    // Moves the shift up to the maximum; alpha is what sums so far have to be multiplied by.
+    template <int kN>
+    CUFLASH_DEVICE void raise(float const (&s)[kN][4], float (&alpha)[2], float scale_log2) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float const next = fmaxf(shift[h], row_max(s, h, scale_log2));
+            alpha[h] = next == shift[h] ? 1.f : exp2_approx(shift[h] - next);
+            shift[h] = next;
+            row_sum[h] *= alpha[h];
+        }
+    }
+
+    // From scores to weights, in place; `sum` is that of this tile, not yet added.
+    template <int kN>
+    CUFLASH_DEVICE void weigh(float (&s)[kN][4], float (&sum)[2], float scale_log2) const {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            sum[h] = 0.f;
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                for (int i = 2 * h; i < 2 * h + 2; ++i) {
+                    s[n][i] = exp2_approx(s[n][i] * scale_log2 - shift[h]);
+                    sum[h] += s[n][i];
+                }
+        }
+    }
+
+    // Whether the weights of all rows of the warp are good; adds their sums if so.
+    CUFLASH_DEVICE bool accept(float const (&sum)[2]) {
+        bool const good = sum[0] <= kLimit && sum[1] <= kLimit;  // not if it is NaN
+        if (!__all_sync(0xffffffffu, good)) return false;
+        add(sum);
+        return true;
+    }
+    CUFLASH_DEVICE void add(float const (&sum)[2]) {
+        row_sum[0] += sum[0];
+        row_sum[1] += sum[1];
+    }
+
+    CUFLASH_DEVICE void finish() {
+        row_sum[0] = quad_sum(row_sum[0]);
+        row_sum[1] = quad_sum(row_sum[1]);
+    }
+
+    // Natural logarithm of the sum of exp(score), once finished.
+    CUFLASH_DEVICE float lse(int h) const {
+        return row_sum[h] == 0.f ? -infinity() : (shift[h] + log2_approx(row_sum[h])) * kLn2;
+    }
+};
+
 template <int kM, int kN>
 CUFLASH_DEVICE void scale_rows(float (&o)[kM][kN][4], float const (&factor)[kM][2]) {
 #pragma unroll

@@ -6,6 +6,7 @@
 
 // How the rows of an operand are read.
 enum class Copy {
+    kTma,      // whole boxes by the tensor memory accelerator: sm_90+, 16-byte aligned rows
     kAsync,    // cp.async, 16 bytes: sm_80+, 16-byte aligned rows
     kVector,   // 16-byte loads through registers: sm_75
     kElement,  // one element at a time: any alignment, any head_dim
@@ -36,7 +37,9 @@ CUFLASH_DEVICE void load_tile(u32 smem, char const* gmem, i64 row_stride, int ro
     W const walk(thread);
     char const* source = gmem + walk.row * row_stride + walk.chunk * 16;
     bool const column_valid = walk.chunk * 16 < row_bytes;
-#pragma unroll
+    // Elements one at a time take a register each until they are stored: not too many at once.
+    constexpr int kUnroll = kCopy == Copy::kElement ? 2 : W::kSteps;
+#pragma unroll kUnroll
     for (int step = 0; step < W::kSteps; ++step, source += W::kRowsPerStep * row_stride) {
         int const row = walk.row + step * W::kRowsPerStep;
         if ((Tile::kRows % W::kRowsPerStep != 0 || kThreads % Tile::kRowChunks != 0) && row >= Tile::kRows) break;

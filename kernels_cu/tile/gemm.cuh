@@ -1,5 +1,6 @@
 // Products of one warp: kM x 16 rows, kN x 8 columns. kUnroll is how many steps of the reduction are written out.
 #pragma once
+#include "../ptx/opaque.cuh"
 #include "fragment.cuh"
 
 template <int kM, int kN>
@@ -68,6 +69,43 @@ CUFLASH_DEVICE void gemm_nt(float (&acc)[kM][kN][4], u32 a_lane, u32 b_lane) {
                     mma_step<kMma>(acc[m][n + 1], a[m], b[1]);
                 }
             }
+        }
+    }
+}
+
+// The same for one warp's 16 rows with B in global memory, rows first_row.. of it, for when B has left shared memory; it
+// need not be fast. Elements past the ends count as zero, and kPairs says that they come in aligned pairs.
+template <Mma kMma, class TileA, bool kPairs, int kSteps, int kN>
+CUFLASH_DEVICE void gemm_nt_gmem(float (&acc)[1][kN][4], u32 a_lane, char const* b, i64 row_stride, int first_row,
+                                 int num_rows, int num_cols, int lane) {
+    static_assert(is_16bit(kMma), "a register of B holds two elements");
+#pragma unroll 1
+    for (int k = 0; k < kSteps; ++k) {
+        FragmentA<kMma> a;
+        load_a<kMma, TileA>(a, a_lane, 0, k);
+        int const col = 16 * k + 2 * (lane % 4);
+        int rows_left = num_rows - first_row - lane / 4;
+        char const* source = b + (first_row + lane / 4) * row_stride + col * 2;
+#pragma unroll
+        for (int n = 0; n < kN; ++n, rows_left -= 8, source += 8 * row_stride) {
+            FragmentB<kMma> fragment;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                u16 const* const pair = reinterpret_cast<u16 const*>(source) + 8 * j;
+                int const cols_left = rows_left > 0 ? num_cols - col - 8 * j : 0;
+                u32 value = 0;
+                if constexpr (kPairs) {
+                    if (cols_left > 0) value = __ldg(reinterpret_cast<u32 const*>(pair));
+                } else {
+                    if (cols_left > 0) value = __ldg(pair);
+                    if (cols_left > 1) value |= static_cast<u32>(__ldg(pair + 1)) << 16;
+                }
+                fragment.x[j] = value;
+            }
+            mma_step<kMma>(acc[0][n], a, fragment);
+            // One load after the other: together they would take more registers than there are.
+            __syncwarp();
+            opaque(rows_left);
         }
     }
 }

@@ -81,6 +81,7 @@ def test_compiles(
     result = compiled(config, arch)
     assert is_whole_elf(result.cubin)
     assert "warning" not in result.log
+    assert "C75" not in result.log, f"wgmma is waited for, or its registers are moved: {result.log}"
     assert result.registers * config.threads <= REGISTERS_PER_BLOCK
     if getattr(config, "tuned", True):
         assert result.spill_bytes == 0, f"spills {result.spill_bytes} bytes with {result.registers} registers"
