@@ -16,11 +16,15 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A module with ``run(options)``, and which of the shared options it understands."""
+    """A module with ``run(options)`` and its ``Options``, and which of the options it understands.
+
+    ``folder`` is where results are kept: all that is in ``results`` goes into the report.
+    """
 
     module: str
     sentence: str
     options: tuple[str, ...]
+    folder: str = "results"
 
 
 #: The CPU suite gives everybody as many threads, by every name that a library knows.
@@ -37,6 +41,7 @@ SUITES = {
     "compile": Suite("compile_time", "time to the first result, cold and warm cache", ("dims", "providers", "rounds")),
     "memory": Suite("memory", "bytes beyond inputs and outputs", ("dims", "lens", "dtype", "providers")),
     "cpu": Suite("cpu", "CPU path, two threads", ("dims", "lens", "providers", "rounds")),
+    "tune": Suite("tune", "tiles of the Hopper forward beside cuDNN", ("dims", "lens", "rounds", "write"), "tuning"),
 }
 
 
@@ -73,8 +78,10 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--providers", type=_words, default=(), help="contestants, comma-separated")
         if "rounds" in suite.options:
             command.add_argument("--rounds", type=int, help="how often each contestant is measured")
+        if "write" in suite.options:
+            command.add_argument("--write", action="store_true", help="put the winners into cuflash/configs.py")
         command.add_argument("--kernel", default="auto", help="kernel family that cuflash may choose (CUFLASH_KERNEL)")
-        command.add_argument("--out", type=Path, help="folder of the results; default bench/results/<device>")
+        command.add_argument("--out", type=Path, help=f"folder of the results; default bench/{suite.folder}/<device>")
         command.add_argument("--commit", help="commit to record, for a copy of the tree without its .git")
     report = commands.add_parser("report", help="tables and plots from kept results")
     report.add_argument("--results", type=Path, default=FOLDER / "results", help="folder that holds them")
@@ -101,17 +108,18 @@ def run_suite(asked: argparse.Namespace) -> int:
     """Measure, print and keep one suite."""
     suite = SUITES[asked.command]
     os.environ["CUFLASH_KERNEL"] = asked.kernel
-    from . import context, rows, runner
+    from . import context, rows
 
     chosen = {name: getattr(asked, name) for name in suite.options}
     found = context.collect(asked.commit)
     if suite.module != "cpu" and found["gpu"] is None:
         print(f"{asked.command}: needs a GPU that PyTorch can use", file=sys.stderr)
         return 2
-    measured = importlib.import_module(f".{suite.module}", __package__).run(runner.Options(quick=asked.quick, **chosen))
+    module = importlib.import_module(f".{suite.module}", __package__)
+    measured = module.run(module.Options(quick=asked.quick, **chosen))
     results = rows.Results(asked.command, found, {"quick": asked.quick, "kernel": asked.kernel, **chosen}, measured)
     if asked.out is not None or not asked.quick:
-        folder = asked.out or FOLDER / "results" / context.slug(context.device_name(asked.command, found))
+        folder = asked.out or FOLDER / suite.folder / context.slug(context.device_name(asked.command, found))
         print(f"kept in {results.save(folder)}")
     bad = [row for row in measured if row.is_bad]
     for row in bad:

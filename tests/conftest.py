@@ -37,6 +37,7 @@ HAS_GPU = _has_gpu()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--few-kernels", action="store_true", help="compile a selection of the kernels, in two minutes")
+    parser.addoption("--portable", action="store_true", help="plan as if the Hopper kernels did not exist")
     parser.addoption(
         "--gpu-record", action="store_true", help="write tests/gpu_record.json after a full, green run of tests/gpu"
     )
@@ -45,6 +46,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile", None):
         hypothesis.settings.load_profile("gpu" if HAS_GPU else "ci" if os.environ.get("CI") else "dev")
+    if config.getoption("--portable"):
+        from cuflash import configs
+
+        configs.has_wgmma = lambda mma, arch: False
     if config.getoption("--gpu-record"):
         config.pluginmanager.register(_Recorder(), "gpu-recorder")
 

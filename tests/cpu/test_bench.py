@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -14,6 +15,7 @@ from bench.__main__ import SUITES, make_parser
 from bench.rows import Results, Row, load_all
 from bench.shapes import Workload, default_grid, grid
 from bench.timing import Call, Spread, WallTimer, shuffled_rounds
+from cuflash import configs
 
 CONTEXT = {
     "date": "2030-01-02 03:04 UTC",
@@ -225,7 +227,18 @@ def test_every_suite_parses_its_options_and_refuses_others(capsys):
                 parser.parse_args([name, "--lens", "1024"])
     with pytest.raises(SystemExit):
         parser.parse_args(["forward", "--dtype", "int8"])
+    assert parser.parse_args(["tune", "--write"]).write
+    assert not parser.parse_args(["tune"]).write
     assert "none of float16, bfloat16, float32" in capsys.readouterr().err
+
+
+def test_every_suite_takes_the_options_that_it_is_given():
+    pytest.importorskip("torch")
+    parser = make_parser()
+    for name, suite in SUITES.items():
+        asked = parser.parse_args([name])
+        options = importlib.import_module(f"bench.{suite.module}").Options
+        assert options(**{option: getattr(asked, option) for option in suite.options}).num_rounds() > 0
 
 
 # --- answers and contestants, which need PyTorch -----------------------------------------------------
@@ -337,3 +350,119 @@ def test_cpu_contestants_are_right(name, is_causal):
     for measure in cpu.MEASURES:
         result = cpu.PROVIDERS[name](measure, workload, inputs)()
         assert reference.error(measure, [torch.as_tensor(array) for array in result]) <= 1
+
+
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+def tune_module():
+    """The suite that sweeps tiles, which imports PyTorch."""
+    pytest.importorskip("torch")
+    from bench import tune
+
+    return tune
+
+
+@pytest.mark.parametrize("pair", configs.HEAD_DIM_PAIRS)
+def test_candidates_fit_the_device_and_begin_with_the_present_tile(pair):
+    tune = tune_module()
+    present, *others = tune.candidates(*pair)
+    assert present == configs.forward_wgmma_config("bf16", *pair, True)
+    assert others
+    assert len({tune.name(tile) for tile in (present, *others)}) == 1 + len(others)
+    for tile in others:
+        assert configs.feasible(tile, 90)
+        assert tune.registers(tile) <= tune.CONSUMER_REGISTERS[tile.block_m]
+    expected = set()
+    for shape in {replace(tile, num_stages=4) for tile in others}:
+        fitting = [tile for n in (4, 3, 2) if configs.feasible(tile := replace(shape, num_stages=n), 90)]
+        expected |= {*fitting[:2]}
+    assert {*others} == expected - {present}
+
+
+def test_register_estimate_counts_scores_weights_and_output():
+    tune = tune_module()
+    tile = configs.ForwardWgmmaConfig("bf16", "tma", 192, 128, 128, 96)
+    assert tune.registers(tile) == 96 * 64 // 128 + 96 * 64 // 2 // 128 + 128 * 64 // 128 + 36
+
+
+def test_head_dims_are_those_of_kernels():
+    tune = tune_module()
+    assert tune.select_pairs(()) == list(configs.HEAD_DIM_PAIRS)
+    assert tune.select_pairs((192, 64)) == [(64, 64), (192, 128), (192, 192)]
+    with pytest.raises(ValueError, match="head_dim 80; known: "):
+        tune.select_pairs((64, 80))
+
+
+def test_winners_become_rows_of_the_table_and_nothing_else_changes(tmp_path):
+    tune = tune_module()
+    text = tune.TABLE_FILE.read_text(encoding="utf-8")
+    rows = {pair: tune.table_row(configs.forward_wgmma_config("bf16", *pair, True)) for pair in configs.HEAD_DIM_PAIRS}
+    assert tune.rewritten(text, {}) == tune.rewritten(text, rows) == text
+    winner = (128, 144, 4, 1, False)
+    copy = tmp_path / "configs.py"
+    copy.write_text(tune.rewritten(text, {(64, 64): winner}), encoding="utf-8")
+    assert f"\n    (64, 64): {winner},\n" in copy.read_text(encoding="utf-8")
+    lines = zip(text.splitlines(), copy.read_text(encoding="utf-8").splitlines(), strict=True)
+    changed = [before for before, after in lines if before != after]
+    assert len(changed) == 1
+    with pytest.raises(ValueError, match="no literal"):
+        tune.rewritten("_FORWARD_16BIT = {\n}\n", {})
+
+
+def test_ranking_is_by_geometric_mean_of_those_timed_everywhere():
+    tune = tune_module()
+    rows = [timed(tune.YARDSTICK, 4e-3), timed("cuflash-a", 2e-3), timed("cuflash-b", 8e-3), timed("cuflash-c", 1e-3)]
+    rows += [timed("cuflash-a", 2e-3, CAUSAL), timed("cuflash-b", 1e-4, CAUSAL)]  # the yardstick declines
+    ranked = tune.ranking(rows)
+    assert list(ranked) == ["cuflash-b", "cuflash-a"]
+    assert ranked["cuflash-a"] == pytest.approx({FULL: 2.0, CAUSAL: 0.05})
+    assert ranked["cuflash-b"] == pytest.approx({FULL: 0.5, CAUSAL: 1.0})
+    assert tune.ranking([]) == {}
+
+
+def test_summary_shows_the_best_and_the_present_tile():
+    tune = tune_module()
+    present, *others = tune.candidates(128, 128)
+    rows = [timed(tune.name(tile), 1e-3 * (1 + place)) for place, tile in enumerate([*others, present])]
+    lines = tune.summary(128, 128, tune.ranking([*rows, timed(tune.YARDSTICK, 1e-3)])).splitlines()
+    assert lines[2] == "| tile | score | 128 full |"
+    assert lines[4] == f"| {tune.name(others[0]).removeprefix('cuflash-')} | 1.000 | 1.000 |"
+    assert len(lines) == 4 + tune.BEST + 1
+    assert "-pp (present) |" in lines[-1]
+
+
+@pytest.mark.parametrize("head_dim_v", [32, 64])
+def test_sweep_times_only_tiles_that_neither_spill_nor_err(head_dim_v, monkeypatch, capsys):
+    tune = tune_module()
+    from bench import shapes
+
+    tiles = dict(zip(("right", "spilling", "wrong", "broken"), tune.candidates(64, 64), strict=False))
+    names = {key: tune.name(tile) for key, tile in tiles.items()}
+
+    def tile_call(tile, workload, inputs):
+        import torch
+
+        assert tile != tiles["spilling"]
+        if tile == tiles["broken"]:
+            raise RuntimeError("no such kernel")
+        factor = 2.0 if tile == tiles["wrong"] else 1.0
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return Call(lambda: (factor * sdpa(inputs.q, inputs.k, inputs.v, is_causal=workload.is_causal),))
+
+    monkeypatch.setattr(tune, "candidates", lambda *_: list(tiles.values()))
+    monkeypatch.setattr(tune, "local_bytes", lambda _: dict.fromkeys(names.values(), 0) | {names["spilling"]: 8})
+    monkeypatch.setattr(tune, "tile_call", tile_call)
+    monkeypatch.setattr(tune, "YARDSTICK", "sdpa-math")
+    monkeypatch.setattr(tune, "SMALL", (1, 2, 24))
+    monkeypatch.setattr(shapes, "NUM_TOKENS", 32)
+    monkeypatch.setattr(shapes, "HIDDEN_SIZE", 128)
+    rows = tune.sweep(64, head_dim_v, (32,), WallTimer(), 2, device="cpu")
+    first = {row.provider: row.status for row in rows if row.measure == tune.FIRST and not row.is_causal}
+    assert first == dict(zip(names.values(), ("ok", "skipped", "wrong", "failed"), strict=True))
+    later = [row for row in rows if row.measure != tune.FIRST]
+    assert [row.provider for row in later] == [names["right"], "sdpa-math"] * 2
+    assert all(row.median > 0 for row in later)
+    assert all((row.tflops is None) == (head_dim_v != 64) for row in later)
+    assert list(tune.ranking(rows)) == [names["right"]]
+    assert capsys.readouterr().out.startswith(f"{names['right']} on bfloat16 1x2x24x64 full\n")

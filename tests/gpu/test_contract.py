@@ -46,7 +46,12 @@ def test_deterministic_backward_is_bitwise_reproducible(case: Case) -> None:
         assert_same_bits(gradients(), first)
 
 
-@pytest.mark.parametrize("case", [LARGE, replace(LARGE, seqlen_q=3, batch=40)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [LARGE, replace(LARGE, batch=12, num_heads_kv=8), replace(LARGE, seqlen_q=3, batch=40),
+     replace(LARGE, batch=40, head_dim=128, head_dim_v=128, spread=20.0)],
+    ids=str,
+)  # fmt: skip
 def test_result_does_not_depend_on_the_rest_of_the_batch(case: Case) -> None:
     q, k, v, _ = make_operands(case, cupy.asarray)
     out, lse = cuflash.attention(q, k, v, return_lse=True, **case.options)
