@@ -63,6 +63,7 @@ def source(config: Config) -> str:
             f'#include "{config.header}"',
             f"constexpr {type(config).__name__} kConfig{config.cpp.removeprefix(type(config).__name__)};",
             *layout_assertions(config.params),
+            *_size_assertions(config),
             f'extern "C" __global__ void __launch_bounds__({config.threads}, {config.min_blocks})',
             f"{config.name}(const __grid_constant__ {config.params} params) {{",
             "    extern __shared__ __align__(1024) char smem[];",
@@ -71,6 +72,14 @@ def source(config: Config) -> str:
             "",
         )
     )
+
+
+def _size_assertions(config: Config) -> list[str]:
+    """C++ that fails to compile where the two sides count shared memory differently."""
+    if not config.tiles:
+        return []
+    size = f"{config.tiles}<kConfig>::kBytes == {config.smem_bytes}"
+    return [f'static_assert({size}, "shared memory: size differs from cuflash/configs.py");']
 
 
 def arch_option(config: Config, arch: int) -> tuple[str, ...]:

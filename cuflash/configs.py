@@ -69,6 +69,8 @@ class Config:
     header: ClassVar[str]
     function: ClassVar[str]
     params: ClassVar[str]
+    #: C++ template that lays out the shared memory, whose size is to be `smem_bytes`; empty where there is none.
+    tiles: ClassVar[str] = ""
     #: Fields that only Python and the launch bounds read.
     host_fields: ClassVar[frozenset[str]] = frozenset({"min_blocks", "tuned"})
     #: Blocks per multiprocessor that registers have to suffice for.
@@ -136,6 +138,7 @@ class ForwardMmaConfig(Config):
     header: ClassVar[str] = "forward_mma.cuh"
     function: ClassVar[str] = "forward_mma"
     params: ClassVar[str] = "ForwardParams"
+    tiles: ClassVar[str] = "ForwardMmaTiles"
 
     @property
     def elem_bytes(self) -> int:
@@ -173,6 +176,7 @@ class ForwardWgmmaConfig(Config):
     header: ClassVar[str] = "forward_wgmma.cuh"
     function: ClassVar[str] = "forward_wgmma"
     params: ClassVar[str] = "ForwardWgmmaParams"
+    tiles: ClassVar[str] = "ForwardWgmmaTiles"
     arch_specific: ClassVar[bool] = True
 
     @property
@@ -221,6 +225,7 @@ class BackwardMmaConfig(Config):
     header: ClassVar[str] = "backward_mma.cuh"
     function: ClassVar[str] = "backward_mma"
     params: ClassVar[str] = "BackwardParams"
+    tiles: ClassVar[str] = "BackwardMmaTiles"
 
     @property
     def elem_bytes(self) -> int:

@@ -1,21 +1,22 @@
 // Attention forward on Hopper (sm_90a): wgmma fed by the tensor memory accelerator.
 //
-// What    out = softmax(scale * q k^T over visible keys) v and lse, as in forward_mma.cuh; a thread block works
-//         on tiles of block_m query rows, one after the other.
-// Maths   for each key tile:  S = Q K^T                               [64, block_n] per warpgroup
-//                             m' = max(m, rowmax S), P = exp2((S - m') scale_log2)
-//                             l = l alpha + rowsum P,  O = O alpha + P V   [64, head_dim_v]
-// Blocks  a tile is (64 * consumers rows, head, batch); `TileOrder` numbers them, heavy ones first within a section
-//         of heads whose keys and values fit the L2 cache. The grid is one block per tile, or one per
-//         multiprocessor: then the loads of the next tile run beside the end of the present one.
-// Who     warpgroup 0 produces: one thread orders boxes of Q, K and V into shared memory (or, where rows are not
-//         aligned, all 128 threads copy elements). Each other warpgroup consumes: it owns 64 query rows and keeps
-//         S, P and O in registers, of which the producer gives it most of its own.
-// Pipes   K and V each have a ring of num_stages tiles, with two barriers per stage: `full` (bytes have arrived) and
-//         `empty` (every consumer warp is done with it). Q has one pair.
-// Order   keys run from the last tile to the first. The tensor core gets S of a tile together with P V of the tile
-//         before, and while P V runs the warpgroup computes the softmax of S. With ping_pong warpgroups take turns to
-//         issue products, so that one's softmax falls beside the other's products.
+// What    out = softmax(scale * q k^T over visible keys) v and lse, as in forward_mma.cuh; a thread block works on
+//         tiles of block_m query rows, one after the other.
+// Maths   for each block of keys:  S = Q K^T                          [64, block_n] per warpgroup
+//                                  P = exp2(S scale_log2 - shift)     (the shift moves when P grows too large)
+//                                  l = l + rowsum P,  O = O + P V     [64, head_dim_v]
+//         and at the end           out = O / l,  lse = shift ln 2 + ln l.
+// Blocks  a tile is (64 * consumers rows, head, batch), numbered by `TileOrder`; a thread block per multiprocessor
+//         takes them in turn.
+// Who     warpgroup 0 produces: one thread orders boxes of Q, K and V into shared memory (or, where rows are not aligned,
+//         all 128 threads copy elements). Each other warpgroup consumes: it owns 64 query rows and keeps S, P and O
+//         in registers, of which the producer gives it most of its own.
+// Pipes   Q, K and V each have a ring of places, with two barriers per place: `full` (the bytes have arrived) and
+//         `empty` (every consumer warp is done with them). With each tile of Q comes a note that says which one it is.
+// Order   keys run from the last block to the first. The tensor core gets S of a block together with P V of the block
+//         before, and while P V runs the warpgroup computes the softmax of S; the first S of a tile goes with the
+//         last P V of the tile before (with two places for Q). With ping_pong warpgroups take turns to issue products,
+//         so that one's softmax falls beside the other's products.
 // Source  Shah et al. 2024 (FlashAttention-3), algorithms 1 and 2; Dao 2023 (FlashAttention-2), algorithm 1.
 #pragma once
 #include "attention/block_range.cuh"

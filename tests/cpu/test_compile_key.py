@@ -18,9 +18,9 @@ ROOT = compiler.kernel_root()
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.cuh"))
 
 
-def sources(problem: Problem) -> list[str]:
+def sources(problem: Problem, device: DeviceInfo = DEVICE) -> list[str]:
     """Texts of all kernels of a problem, forward and backward."""
-    plans = (plan_forward(problem, DEVICE), *plan_backward(problem, DEVICE))
+    plans = (plan_forward(problem, device), *plan_backward(problem, device))
     return [compiler.source(plan.config) for plan in plans]
 
 
@@ -84,7 +84,26 @@ def test_an_edited_header_is_what_gets_compiled(tmp_path: Path, monkeypatch: pyt
     ids=str,
 )
 def test_run_time_values_are_no_new_key(change: dict) -> None:
-    assert sources(replace(PROBLEM, **change)) == sources(PROBLEM)
+    ampere = DeviceInfo.of_arch(80)
+    assert sources(replace(PROBLEM, **change), ampere) == sources(PROBLEM, ampere)
+    # On Hopper a few tiles of different size serve few and many queries; all else is the same.
+    (forward, *backward), (other_forward, *other_backward) = sources(replace(PROBLEM, **change)), sources(PROBLEM)
+    assert backward == other_backward
+    tiles = {compiler.source(config) for config, _ in configs.forward_wgmma_configs("f16", 64, 64, True)}
+    assert len(tiles) <= 3
+    assert {forward, other_forward} <= tiles
+
+
+@pytest.mark.parametrize("family", ["wgmma", "mma"])
+def test_sides_that_count_shared_memory_differently_do_not_compile(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cupy")
+    config = plan_forward(PROBLEM, DEVICE, family).config
+    size = config.smem_bytes
+    monkeypatch.setattr(type(config), "smem_bytes", property(lambda self: size - 16))
+    with pytest.raises(compiler.CompileError, match="shared memory: size differs"):
+        compiler.compile_cubin(config, 90)
 
 
 @pytest.mark.parametrize(
