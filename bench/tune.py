@@ -43,8 +43,12 @@ ARCH, MMA, DTYPE = 90, "bf16", "bfloat16"
 #: Whose time scores are relative to, so that they can be averaged over workloads.
 YARDSTICK = "sdpa-cudnn"
 
-#: Registers that ``forward_wgmma.cuh`` gives a consumer thread, by block_m: two or three warpgroups consume.
-CONSUMER_REGISTERS = {128: 232, 192: 160}
+#: Registers that a consumer thread may hold, by block_m: what ``forward_wgmma.cuh`` gives it where two or three
+#: warpgroups consume. One alone has all that a thread can have, 255, and the estimate is kept a little below.
+CONSUMER_REGISTERS = {64: 240, 128: 232, 192: 160}
+
+#: What may become the first row of an entry: block_m 64 is for when there are few tiles, whatever its score.
+FIRST_BLOCK_M = (128, 192)
 
 #: Batch, heads and length of the problem that each tile has to survive first: more blocks of queries than a GPU
 #: has multiprocessors and of keys than there are stages, so that all rings wrap, and a length that no block divides.
@@ -59,8 +63,11 @@ BEST = 8
 #: The file that ``--write`` changes.
 TABLE_FILE = Path(configs.__file__)
 
-#: A row of the table in it: block_m, block_n, num_stages, q_stages, ping_pong.
-TableRow = tuple[int, int, int, int, bool]
+#: A row of an entry of the table in it: block_m, num_stages, q_stages, ping_pong, cost.
+TableRow = tuple[int, int, int, bool, float]
+
+#: An entry: block_n, and the rows that share it.
+Entry = tuple[int, tuple[TableRow, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +85,15 @@ def run(options: Options) -> list[Row]:
     lengths = options.lens or ((4096,) if options.quick else (1024, 4096, 16384))
     timer = CudaTimer()
     rows = []
-    winners: dict[tuple[int, int], TableRow] = {}
+    winners: dict[tuple[int, int], Entry] = {}
     for pair in select_pairs(options.dims or ((64, 128) if options.quick else ())):
         with contextlib.redirect_stdout(sys.stderr):
             swept = sweep(*pair, lengths, timer, options.num_rounds())
         rows += swept
         ranked = ranking(swept)
         print(f"\n{pair[0]}x{pair[1]}, {summary(*pair, ranked)}", flush=True)
-        if ranked:
-            tiles = {name(tile): tile for tile in candidates(*pair)}
-            winners[pair] = table_row(tiles[next(iter(ranked))])
+        if found := entry(ranked, candidates(*pair)):
+            winners[pair] = found
         if options.write:
             TABLE_FILE.write_text(rewritten(TABLE_FILE.read_text(encoding="utf-8"), winners), encoding="utf-8")
     print("\nwinners:", *table_lines(winners), sep="\n", flush=True)
@@ -109,20 +115,22 @@ def select_pairs(dims: Iterable[int]) -> list[tuple[int, int]]:
 def registers(tile: ForwardWgmmaConfig) -> int:
     """Estimate of the registers that a consumer thread holds at once.
 
-    Its shares of S and O in float32 and of P in 16 bits, of 64 rows and 128 threads each, and 36 for row statistics,
+    Its shares of S and O in float32 and of P in 16 bits, of 64 rows and 128 threads each, and 32 for row statistics,
     addresses and counters. It is there to keep the sweep short: whether a tile spills, the compiler says.
     """
-    return tile.block_n // 2 + tile.block_n // 4 + tile.head_dim_v // 2 + 36
+    return tile.block_n // 2 + tile.block_n // 4 + tile.head_dim_v // 2 + 32
 
 
 def candidates(head_dim: int, head_dim_v: int) -> list[ForwardWgmmaConfig]:
-    """Tiles that fit shared memory and registers, and the present row of the table whatever the estimate says.
+    """The present rows of the table, whatever the estimate says, and tiles that fit shared memory and registers.
 
     Of the stages only the two largest numbers that fit: fewer hide less, and free nothing that another tile could use.
     """
-    found = [configs.forward_wgmma_config(MMA, head_dim, head_dim_v, True)]
+    found = present(head_dim, head_dim_v)
     shapes = itertools.product(CONSUMER_REGISTERS, range(64, 193, 16), (1, 2), (True, False))
     for block_m, block_n, q_stages, ping_pong in shapes:
+        if ping_pong and block_m == 64:  # one warpgroup has nobody to take turns with
+            continue
         deepest = ForwardWgmmaConfig(MMA, "tma", head_dim, head_dim_v, block_m, block_n, 4, q_stages, ping_pong)
         if registers(deepest) <= CONSUMER_REGISTERS[block_m]:
             tiles = (replace(deepest, num_stages=stages) for stages in (4, 3, 2))
@@ -130,9 +138,9 @@ def candidates(head_dim: int, head_dim_v: int) -> list[ForwardWgmmaConfig]:
     return list(dict.fromkeys(found))
 
 
-def table_row(tile: ForwardWgmmaConfig) -> TableRow:
-    """What the table says of a tile."""
-    return tile.block_m, tile.block_n, tile.num_stages, tile.q_stages, tile.ping_pong
+def present(head_dim: int, head_dim_v: int) -> list[ForwardWgmmaConfig]:
+    """Tiles of the table as it is."""
+    return [tile for tile, _ in configs.forward_wgmma_configs(MMA, head_dim, head_dim_v, True)]
 
 
 def name(tile: ForwardWgmmaConfig) -> str:
@@ -219,7 +227,7 @@ def operands(workload: Workload, head_dim_v: int, device: str) -> tuple[Inputs, 
 
 
 def tile_call(tile: ForwardWgmmaConfig, workload: Workload, inputs: Inputs) -> Call:
-    """The forward with this tile, launched as ``cuflash.attention`` launches the one of the table."""
+    """The forward with this tile, launched as ``cuflash.attention`` launches those of the table."""
     w, device_id = workload, torch.cuda.current_device()
     q, k, v = inputs.q, inputs.k, inputs.v
     shape = (*q.shape[:-1], v.shape[-1])
@@ -268,14 +276,14 @@ def score(cells: Mapping[Workload, float]) -> float:
 
 
 def summary(head_dim: int, head_dim_v: int, ranked: Mapping[str, Mapping[Workload, float]]) -> str:
-    """The best tiles as a table, and the present one wherever it came in."""
-    present = name(configs.forward_wgmma_config(MMA, head_dim, head_dim_v, True))
-    shown = dict.fromkeys([*itertools.islice(ranked, BEST), *({present} & ranked.keys())])
+    """The best tiles as a table, and the present ones wherever they came in."""
+    known = {name(tile) for tile in present(head_dim, head_dim_v)}
+    shown = [key for place, key in enumerate(ranked) if place < BEST or key in known]
     workloads = [*next(iter(ranked.values()), {})]
     header = [f"{w.seqlen_q} {'causal' if w.is_causal else 'full'}" for w in workloads]
     lines = [
         [
-            key.removeprefix(f"{OURS}-") + " (present)" * (key == present),
+            key.removeprefix(f"{OURS}-") + " (present)" * (key in known),
             *(f"{value:.3f}" for value in (score(ranked[key]), *ranked[key].values())),
         ]
         for key in shown
@@ -287,15 +295,39 @@ def summary(head_dim: int, head_dim_v: int, ranked: Mapping[str, Mapping[Workloa
 # --- the table ------------------------------------------------------------------------------------
 
 
-def table_lines(rows: Mapping[tuple[int, int], TableRow]) -> list[str]:
-    """Rows as the table has them."""
-    return [f"    {pair}: {row}," for pair, row in rows.items()]
+def entry(ranked: Mapping[str, Mapping[Workload, float]], tiles: Iterable[ForwardWgmmaConfig]) -> Entry | None:
+    """The entry of the best tile that may be first, and of each smaller block_m the best with its block_n.
+
+    None where nothing that may be first was ranked.
+    """
+    by_name = {name(tile): tile for tile in tiles}
+    best: dict[tuple[int, int], str] = {}  # by block_m and block_n
+    for key in ranked:
+        best.setdefault((by_name[key].block_m, by_name[key].block_n), key)
+    winner = next((key for (block_m, _), key in best.items() if block_m in FIRST_BLOCK_M), None)
+    if winner is None:
+        return None
+    first = by_name[winner]
+    longest = max((w for w in ranked[winner] if not w.is_causal), key=lambda w: w.seqlen_q)
+    rows = []
+    for block_m in sorted(CONSUMER_REGISTERS, reverse=True):
+        chosen = best.get((block_m, first.block_n))
+        if chosen is not None and block_m <= first.block_m:
+            cost = ranked[winner][longest] / ranked[chosen][longest] * block_m / first.block_m
+            tile = by_name[chosen]
+            rows.append((block_m, tile.num_stages, tile.q_stages, tile.ping_pong, round(cost, 2)))
+    return first.block_n, tuple(rows)
 
 
-def rewritten(text: str, winners: Mapping[tuple[int, int], TableRow]) -> str:
-    """``text`` of configs.py with the winners in its table; other rows stay."""
+def table_lines(entries: Mapping[tuple[int, int], Entry]) -> list[str]:
+    """Entries as the table has them."""
+    return [f"    {pair}: {found}," for pair, found in entries.items()]
+
+
+def rewritten(text: str, winners: Mapping[tuple[int, int], Entry]) -> str:
+    """``text`` of configs.py with the winners in its table; other entries stay."""
     literal = re.search(r"^_FORWARD_WGMMA\b[^=]*= (\{.*?^\})$", text, re.MULTILINE | re.DOTALL)
     if literal is None:
         raise ValueError("configs.py has no literal _FORWARD_WGMMA")
-    rows = ast.literal_eval(literal[1]) | dict(winners)
-    return text[: literal.start(1)] + "\n".join(["{", *table_lines(rows), "}"]) + text[literal.end(1) :]
+    entries = ast.literal_eval(literal[1]) | dict(winners)
+    return text[: literal.start(1)] + "\n".join(["{", *table_lines(entries), "}"]) + text[literal.end(1) :]

@@ -364,26 +364,36 @@ def tune_module():
 
 
 @pytest.mark.parametrize("pair", configs.HEAD_DIM_PAIRS)
-def test_candidates_fit_the_device_and_begin_with_the_present_tile(pair):
+def test_candidates_fit_the_device_and_begin_with_the_present_tiles(pair):
     tune = tune_module()
-    present, *others = tune.candidates(*pair)
-    assert present == configs.forward_wgmma_config("bf16", *pair, True)
-    assert others
-    assert len({tune.name(tile) for tile in (present, *others)}) == 1 + len(others)
+    tiles = tune.candidates(*pair)
+    present = [tile for tile, _ in configs.forward_wgmma_configs("bf16", *pair, True)]
+    assert tiles[: len(present)] == present == tune.present(*pair)
+    others = tiles[len(present) :]
+    assert {64, 128} <= {tile.block_m for tile in others} <= {64, 128, 192}
+    assert len({tune.name(tile) for tile in tiles}) == len(tiles)
     for tile in others:
         assert configs.feasible(tile, 90)
         assert tune.registers(tile) <= tune.CONSUMER_REGISTERS[tile.block_m]
+        assert not (tile.ping_pong and tile.block_m == 64)
     expected = set()
     for shape in {replace(tile, num_stages=4) for tile in others}:
         fitting = [tile for n in (4, 3, 2) if configs.feasible(tile := replace(shape, num_stages=n), 90)]
         expected |= {*fitting[:2]}
-    assert {*others} == expected - {present}
+    assert {*others} == expected - {*present}
 
 
 def test_register_estimate_counts_scores_weights_and_output():
     tune = tune_module()
     tile = configs.ForwardWgmmaConfig("bf16", "tma", 192, 128, 128, 96)
-    assert tune.registers(tile) == 96 * 64 // 128 + 96 * 64 // 2 // 128 + 128 * 64 // 128 + 36
+    assert tune.registers(tile) == 96 * 64 // 128 + 96 * 64 // 2 // 128 + 128 * 64 // 128 + 32
+
+
+@pytest.mark.parametrize("pair", configs.HEAD_DIM_PAIRS)
+def test_register_estimate_admits_the_present_tiles(pair):
+    tune = tune_module()
+    for tile in tune.present(*pair):
+        assert tune.registers(tile) <= tune.CONSUMER_REGISTERS[tile.block_m]
 
 
 def test_head_dims_are_those_of_kernels():
@@ -394,18 +404,27 @@ def test_head_dims_are_those_of_kernels():
         tune.select_pairs((64, 80))
 
 
-def test_winners_become_rows_of_the_table_and_nothing_else_changes(tmp_path):
+def test_winners_become_entries_of_the_table_and_nothing_else_changes():
     tune = tune_module()
     text = tune.TABLE_FILE.read_text(encoding="utf-8")
-    rows = {pair: tune.table_row(configs.forward_wgmma_config("bf16", *pair, True)) for pair in configs.HEAD_DIM_PAIRS}
-    assert tune.rewritten(text, {}) == tune.rewritten(text, rows) == text
-    winner = (128, 144, 4, 1, False)
-    copy = tmp_path / "configs.py"
-    copy.write_text(tune.rewritten(text, {(64, 64): winner}), encoding="utf-8")
-    assert f"\n    (64, 64): {winner},\n" in copy.read_text(encoding="utf-8")
-    lines = zip(text.splitlines(), copy.read_text(encoding="utf-8").splitlines(), strict=True)
-    changed = [before for before, after in lines if before != after]
-    assert len(changed) == 1
+    present = {}
+    for pair in configs.HEAD_DIM_PAIRS:
+        tiles = configs.forward_wgmma_configs("bf16", *pair, True)
+        rows = tuple((t.block_m, t.num_stages, t.q_stages, t.ping_pong, cost) for t, cost in tiles)
+        present[pair] = tiles[0][0].block_n, rows
+    assert tune.rewritten(text, {}) == tune.rewritten(text, present) == text
+    winners = {
+        (64, 64): (144, ((128, 4, 1, False, 1.0), (64, 4, 1, False, 0.6))),
+        (96, 96): (96, ((128, 4, 2, True, 1.0),)),
+    }
+    changed = tune.rewritten(text, winners)
+    lines = zip(text.splitlines(), changed.splitlines(), strict=True)
+    assert [after for before, after in lines if before != after] == [
+        "    (64, 64): (144, ((128, 4, 1, False, 1.0), (64, 4, 1, False, 0.6))),",
+        "    (96, 96): (96, ((128, 4, 2, True, 1.0),)),",
+    ]
+    longest = {(192, 128): (128, tuple((block_m, 4, 2, False, 0.79) for block_m in (192, 128, 64)))}
+    assert max(map(len, tune.table_lines(longest))) <= 120
     with pytest.raises(ValueError, match="no literal"):
         tune.rewritten("_FORWARD_16BIT = {\n}\n", {})
 
@@ -421,15 +440,68 @@ def test_ranking_is_by_geometric_mean_of_those_timed_everywhere():
     assert tune.ranking([]) == {}
 
 
-def test_summary_shows_the_best_and_the_present_tile():
+def tile_rows(tune, times, workload):
+    """Rows of tiles (block_m, block_n, num_stages) on a workload, in units of 1 ms."""
+    rows = [timed(tune.name(tune_tile(*tile)), 1e-3 * value, workload) for tile, value in times.items()]
+    return [*rows, timed(tune.YARDSTICK, 1e-3, workload)]
+
+
+def tune_tile(block_m, block_n, num_stages):
+    return configs.ForwardWgmmaConfig("bf16", "tma", 64, 64, block_m, block_n, num_stages, 1, block_m > 64)
+
+
+def test_entry_has_the_winner_and_the_fastest_smaller_tiles_of_its_block_n():
     tune = tune_module()
-    present, *others = tune.candidates(128, 128)
-    rows = [timed(tune.name(tile), 1e-3 * (1 + place)) for place, tile in enumerate([*others, present])]
+    full = {
+        (64, 128, 4): 0.5,  # the fastest of all, but not to be first
+        (192, 96, 2): 1.0,
+        (192, 96, 3): 1.1,
+        (128, 128, 2): 1.2,
+        (128, 96, 3): 1.2,
+        (128, 96, 2): 1.29,
+        (64, 96, 4): 1.5,
+        (64, 96, 3): 1.6,
+    }
+    causal = full | {(128, 96, 2): 1.0, (64, 96, 3): 2.0}  # the first of them is faster by the mean over cells
+    long = replace(FULL, seqlen_q=4096, seqlen_k=4096)
+    rows = [row for workload in (FULL, long) for row in tile_rows(tune, full, workload)]
+    rows += [row for workload in (CAUSAL, replace(long, is_causal=True)) for row in tile_rows(tune, causal, workload)]
+    tiles = [tune_tile(*tile) for tile in full]
+    costs = (1.0, 0.86, 0.5)  # 1.29 * 128 / 192, 1.5 * 64 / 192
+    shapes = ((192, 2, 1, True), (128, 2, 1, True), (64, 4, 1, False))
+    expected = tuple((*shape, cost) for shape, cost in zip(shapes, costs, strict=True))
+    assert tune.entry(tune.ranking(rows), tiles) == (96, expected)
+    # Cost is the ratio on the longest full workload, whatever the others say.
+    rows = [
+        replace(row, median=row.median * 1.1) if "-128x96-s2" in row.provider and row.workload == FULL else row
+        for row in rows
+    ]
+    assert tune.entry(tune.ranking(rows), tiles) == (96, expected)
+
+
+def test_entry_has_no_row_above_its_first_and_none_without_a_tile():
+    tune = tune_module()
+    times = {(128, 96, 2): 1.0, (192, 96, 2): 1.5, (192, 128, 2): 1.6, (64, 128, 4): 2.0}
+    tiles = [tune_tile(*tile) for tile in times]
+    ranked = tune.ranking(tile_rows(tune, times, FULL))
+    assert tune.entry(ranked, tiles) == (96, ((128, 2, 1, True, 1.0),))
+    assert tune.entry(tune.ranking(tile_rows(tune, {(64, 128, 4): 1.0}, FULL)), tiles) is None
+    assert tune.entry({}, tiles) is None
+
+
+def test_summary_shows_the_best_and_the_present_tiles():
+    tune = tune_module()
+    present = tune.present(128, 128)
+    others = tune.candidates(128, 128)[len(present) :]
+    ordered = [present[0], *others, *present[1:]]
+    rows = [timed(tune.name(tile), 1e-3 * (1 + place)) for place, tile in enumerate(ordered)]
     lines = tune.summary(128, 128, tune.ranking([*rows, timed(tune.YARDSTICK, 1e-3)])).splitlines()
     assert lines[2] == "| tile | score | 128 full |"
-    assert lines[4] == f"| {tune.name(others[0]).removeprefix('cuflash-')} | 1.000 | 1.000 |"
-    assert len(lines) == 4 + tune.BEST + 1
-    assert "-pp (present) |" in lines[-1]
+    names = [tune.name(tile).removeprefix("cuflash-") for tile in ordered]
+    assert lines[4] == f"| {names[0]} (present) | 1.000 | 1.000 |"
+    assert lines[5] == f"| {names[1]} | 0.500 | 0.500 |"
+    assert len(lines) == 4 + tune.BEST + len(present) - 1
+    assert lines[-1].startswith(f"| {names[-1]} (present) |")
 
 
 @pytest.mark.parametrize("head_dim_v", [32, 64])
