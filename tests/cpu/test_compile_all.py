@@ -51,7 +51,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[configs.Confi
     pool = ThreadPoolExecutor(os.cpu_count())
     futures: dict[Compilation, Future[compiler.Compiled]] = {}
     for item in request.session.items:
-        if isinstance(item, pytest.Function) and item.originalname == "test_compiles":
+        if isinstance(item, pytest.Function) and item.function is test_compiles:
             config, arch = item.callspec.params["config"], item.callspec.params["arch"]
             futures[config, arch] = pool.submit(compiler.compile_cubin, config, arch)
 
