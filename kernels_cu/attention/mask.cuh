@@ -34,14 +34,15 @@ CUFLASH_DEVICE void mask_probabilities(float (&p)[kM][kN][4], Shape const& shape
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int const k = k_idx + 16 * m + acc_row(lane, 2 * half);
-            int const origin = q_idx + acc_col(lane, 0);
-            int const begin = k - shape.upper - origin;
-            int const end = k < shape.seqlen_k ? min(shape.seqlen_q, k - shape.lower + 1) - origin : begin;
+            int const begin = k - shape.upper - q_idx;
+            int const end = k < shape.seqlen_k ? min(shape.seqlen_q, k - shape.lower + 1) - q_idx : 0;
 #pragma unroll
             for (int n = 0; n < kN; ++n)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    if (8 * n + i < begin || 8 * n + i >= end) p[m][n][2 * half + i] = 0.f;
+                for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                    int const q = 8 * n + acc_col(lane, i);
+                    if (q < begin || q >= end) p[m][n][i] = 0.f;
+                }
         }
 }
 
