@@ -47,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile", None):
         hypothesis.settings.load_profile("gpu" if HAS_GPU else "ci" if os.environ.get("CI") else "dev")
     if config.getoption("--portable"):
+        if config.getoption("--gpu-record"):
+            raise pytest.UsageError("--gpu-record is for all kernels, and --portable leaves some out")
         from cuflash import configs
 
         configs.has_wgmma = lambda mma, arch: False
