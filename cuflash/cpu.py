@@ -25,6 +25,7 @@ import collections
 import ctypes
 import functools
 import importlib
+import itertools
 import math
 import os
 import threading
@@ -67,7 +68,7 @@ MIN_TASKS = 16
 #: As long as there are, so many key heads share a task of a masked forward, whose small blocks on the edge of the band
 #: then take several heads at once: there, threads would wait for the interpreter's lock most of all.
 MAX_HEADS = 4
-#: The backward splits the keys of a head until there are enough tasks, or so many parts, or parts get so short.
+#: The backward splits the keys of a head until there are enough tasks, or so many parts, or they get so short.
 MAX_PARTS, MIN_PART = 8, 1024
 #: Bytes of a cache line, and of the widest vector register.
 ALIGNMENT = 64
@@ -181,7 +182,7 @@ def backward(
     d_lse = None if d_lse is None else _grouped(d_lse, heads_kv)
     group, seqlen_q = q.shape[2:4]
     num_parts = min(_ceil_div(MIN_TASKS, batch * heads_kv), MAX_PARTS, max(seqlen_k // MIN_PART, 1))
-    parts = list(_slices(seqlen_k, BACKWARD_N * _ceil_div(seqlen_k, BACKWARD_N * num_parts)))
+    parts = _key_parts(band, seqlen_q, seqlen_k, num_parts)
 
     def task(b: int, heads: slice, part: slice, d_q_sum: _SumInOrder) -> None:
         queries = slice(*band.query_range(part.start, part.stop, seqlen_q))
@@ -332,7 +333,12 @@ class _ForwardTile:
 
 
 class _BackwardPart:
-    """The queries of some heads, staged for the backward, and scratch for one block of keys after the other."""
+    """The queries of some heads, staged for the backward, and scratch for one block of keys after the other.
+
+    Weights and gradients of scores come from products of the same shape, and so do d_v and d_k. Each pair is computed
+    in one call, along an axis of two in front: fewer calls are fewer waits for the interpreter's lock. Where head
+    dims differ, zeros fill the narrower one.
+    """
 
     def __init__(
         self, d_out: Array, q: Array, out: Array, lse: Array, d_lse: Array | None, scale: float, num_keys: int
@@ -340,41 +346,42 @@ class _BackwardPart:
         """Take what belongs to queries as (heads_kv, group, queries, ...)."""
         heads, self.group, self.num_queries, head_dim = q.shape
         head_dim_v = d_out.shape[3]
+        dim = max(head_dim, head_dim_v)
         dtype = _compute_dtype(q)
         # Rows are (query, member of the group), so that a range of queries is a range of rows.
         rows = self.num_queries * self.group
-        by_query = (heads, self.num_queries, self.group)
+        by_query = (2, heads, self.num_queries, self.group)
+        staged = _aligned((*by_query, _aligned_length(dim + 1)), dtype)[..., : dim + 1]
 
         # [q * scale * log2(e) | -lse * log2(e)], whose product with [k | 1] is the exponent of the weights.
-        q_lse = _aligned((*by_query, _aligned_length(head_dim + 1)), dtype)[..., : head_dim + 1]
-        np.multiply(q.swapaxes(1, 2), scale * LOG2_E, out=q_lse[..., :-1], dtype=dtype)
+        np.multiply(q.swapaxes(1, 2), scale * LOG2_E, out=staged[0, ..., :head_dim], dtype=dtype)
+        staged[0, ..., head_dim:dim] = 0
         # The weights of a row that sees nothing are all hidden, but its exponents shall be numbers.
-        q_lse[..., -1] = np.where(lse == -np.inf, 0, lse * -LOG2_E).swapaxes(1, 2)
-        self.q_lse = q_lse.reshape(heads, rows, head_dim + 1)
-        self.q_norm, self.min_lse = _largest_norm(q_lse[..., :-1]), float(q_lse[..., -1].min(initial=0))
+        staged[0, ..., -1] = np.where(lse == -np.inf, 0, lse * -LOG2_E).swapaxes(1, 2)
+        self.q_norm, self.min_lse = _largest_norm(staged[0, ..., :-1]), float(staged[0, ..., -1].min(initial=0))
 
         # [d_out | d_lse - delta], whose product with [v | 1], times the weights, is the gradient of the scores.
-        d_out_delta = _aligned((*by_query, _aligned_length(head_dim_v + 1)), dtype)[..., : head_dim_v + 1]
-        d_out_delta[..., :-1] = d_out.swapaxes(1, 2)
-        delta = np.einsum("...d,...d->...", d_out_delta[..., :-1], out.swapaxes(1, 2).astype(dtype))
-        d_out_delta[..., -1] = -delta if d_lse is None else d_lse.swapaxes(1, 2) - delta
-        self.d_out_delta = d_out_delta.reshape(heads, rows, head_dim_v + 1)
-        self.d_out_norm = _largest_norm(d_out_delta)
+        staged[1, ..., :head_dim_v] = d_out.swapaxes(1, 2)
+        staged[1, ..., head_dim_v:dim] = 0
+        delta = np.einsum("...d,...d->...", staged[1, ..., :head_dim_v], out.swapaxes(1, 2).astype(dtype))
+        staged[1, ..., -1] = -delta if d_lse is None else d_lse.swapaxes(1, 2) - delta
+        self.d_out_norm = _largest_norm(staged[1])
+        self.staged = staged.reshape(2, heads, rows, dim + 1)
 
         #: Sum over all keys so far.
         self.d_q = np.zeros((heads, rows, head_dim), dtype)
 
         block_m, block_n = max(min(BACKWARD_M, rows), self.group), min(BACKWARD_N, num_keys)
-        products_size = max(block_m, block_n, block_m * block_n // CUT_N) * max(head_dim, head_dim_v)
         self.scores = _aligned((2, _aligned_length(heads * block_m * block_n)), dtype)
+        products_size = max(block_m, 2 * block_n, 2 * block_m * block_n // CUT_N) * dim
         self.products = _aligned((heads * products_size,), dtype)
-        self.k, self.d_k = (_aligned((heads, block_n, head_dim), dtype) for _ in range(2))
-        self.d_v = _aligned((heads, block_n, head_dim_v), dtype)
+        self.k = _aligned((heads, block_n, head_dim), dtype)
+        #: Sums over queries so far: d_v, then d_k.
+        self.sums = _aligned((2, heads, block_n, dim), dtype)
         # The length of their rows is no power of two, so that these do not compete for the same cache lines.
-        self.k_ones_t, self.v_ones_t = (
-            _aligned((heads, dim + 1, _aligned_length(block_n + 1)), dtype) for dim in (head_dim, head_dim_v)
-        )
-        self.k_ones_t[:, -1] = self.v_ones_t[:, -1] = 1
+        self.keys_t = _aligned((2, heads, dim + 1, _aligned_length(block_n + 1)), dtype)
+        self.keys_t[0, :, head_dim:] = self.keys_t[1, :, head_dim_v:] = 0
+        self.keys_t[:, :, -1] = 1
         self.blocks: dict[tuple[int, int, int], tuple[Any, ...]] = {}
 
     def _block(self, num_rows: int, start: int, stop: int) -> tuple[Any, ...]:
@@ -382,69 +389,55 @@ class _BackwardPart:
         key = num_rows, start, stop
         if key not in self.blocks:
             heads, _, head_dim = self.k.shape
-            head_dim_v = self.d_v.shape[2]
+            dim = self.sums.shape[3]
             shape = (heads, num_rows, stop - start)
-            weights, d_scores = (x[: math.prod(shape)].reshape(shape) for x in self.scores)
+            scores = self.scores[:, : math.prod(shape)].reshape(2, *shape)
             self.blocks[key] = (
-                weights,
-                d_scores,
-                _ScoreProduct(*_cut_product(self.k_ones_t[:, :, start:stop], weights)),
-                _ScoreProduct(*_cut_product(self.v_ones_t[:, :, start:stop], d_scores)),
-                _WeightedSum(_cut(weights.swapaxes(1, 2), head_dim_v), head_dim_v, self.products),
-                _WeightedSum(_cut(d_scores.swapaxes(1, 2), head_dim), head_dim, self.products),
-                _WeightedSum(_cut(d_scores, head_dim), head_dim, self.products),
+                *scores,
+                _ScoreProduct(*_cut_product(self.keys_t[..., start:stop], scores)),
+                _WeightedSum(_cut(scores.swapaxes(2, 3), dim), dim, self.products),
+                _WeightedSum(_cut(scores[1], head_dim), head_dim, self.products),
                 self.k[:, start:stop],
-                self.d_k[:, start:stop],
-                self.d_v[:, start:stop],
+                self.sums[:, :, start:stop],
             )
         return self.blocks[key]
 
     def run(self, k: Array, v: Array, d_k: Array, d_v: Array, band: Band) -> None:
         """Write d_k and d_v of a block of keys, (heads_kv, keys, dim), and add its share to d_q."""
-        num_keys = k.shape[1]
+        num_keys, head_dim = k.shape[1:]
+        head_dim_v = v.shape[2]
         self.k[:, :num_keys] = k
-        self.k_ones_t[:, :-1, :num_keys] = k.swapaxes(1, 2)
-        self.v_ones_t[:, :-1, :num_keys] = v.swapaxes(1, 2)
-        self.d_k.fill(0)
-        self.d_v.fill(0)
+        self.keys_t[0, :, :head_dim, :num_keys] = k.swapaxes(1, 2)
+        self.keys_t[1, :, :head_dim_v, :num_keys] = v.swapaxes(1, 2)
+        self.sums.fill(0)
         smallest = _smallest_exponent(self.k.dtype)
         min_exponent = self.min_lse - self.q_norm * _largest_norm(self.k[:, :num_keys])
-        v_norm = _largest_norm(self.v_ones_t[:, :, :num_keys].swapaxes(1, 2))
+        v_norm = _largest_norm(self.keys_t[1, :, :, :num_keys].swapaxes(1, 2))
         # Where nothing can be infinite or not a number, a hidden weight of 0 is enough to make all of its products 0.
         tame = min_exponent > -np.inf and self.d_out_norm * v_norm < np.inf
 
         for rows, start, stop, hidden in _query_blocks(band, self.num_queries, self.group, num_keys):
-            (
-                weights,
-                d_scores,
-                set_exponents,
-                set_d_weights,
-                add_d_out,
-                add_queries,
-                add_keys,
-                keys,
-                d_keys,
-                d_values,
-            ) = self._block(rows.stop - rows.start, start, stop)
-            q_lse, d_out_delta = self.q_lse[:, rows], self.d_out_delta[:, rows]
-            set_exponents(q_lse)
+            weights, d_scores, set_scores, add_rows, add_keys, keys, sums = self._block(
+                rows.stop - rows.start, start, stop
+            )
+            staged = self.staged[:, :, rows]
+            set_scores(staged)
             if not min_exponent > smallest:
                 np.maximum(weights, smallest, out=weights)
             np.exp2(weights, out=weights)
             if hidden is not None:
                 np.copyto(weights, 0, where=hidden)
-            set_d_weights(d_out_delta)
             d_scores *= weights
             if tame:
                 hidden = None
             if hidden is not None:
                 np.copyto(d_scores, 0, where=hidden)
-            add_d_out(d_out_delta[:, :, :-1], d_values, hidden)
-            add_queries(q_lse[:, :, :-1], d_keys, hidden)
+            add_rows(staged[::-1, ..., :-1], sums, hidden)
             add_keys(keys, self.d_q[:, rows], None if hidden is None else hidden.T)
 
-        d_k[...] = self.d_k[:, :num_keys] * LN_2  # q came with scale * log2(e), of which only the scale belongs here
-        d_v[...] = self.d_v[:, :num_keys]
+        d_v[...] = self.sums[0, :, :num_keys, :head_dim_v]
+        # q came with scale * log2(e), of which only the scale belongs here.
+        d_k[...] = self.sums[1, :, :num_keys, :head_dim] * LN_2
 
 
 class _SumInOrder:
@@ -526,6 +519,16 @@ def _query_blocks(band: Band, num_queries: int, group: int, num_keys: int) -> li
     return blocks
 
 
+def _key_parts(band: Band, num_queries: int, num_keys: int, num_parts: int) -> list[slice]:
+    """Whole blocks of keys in so many parts, each seen by about as many queries: threads are to finish together."""
+    blocks = list(_slices(num_keys, BACKWARD_N))
+    ranges = (band.query_range(keys.start, keys.stop, num_queries) for keys in blocks)
+    seen = np.cumsum([stop - start + 1 for start, stop in ranges])  # one more, so that no part is empty of work
+    ends = np.searchsorted(seen, seen[-1] * np.arange(1, num_parts + 1) / num_parts) + 1
+    edges = sorted({0, *ends.tolist()})
+    return [slice(blocks[i].start, blocks[j - 1].stop) for i, j in itertools.pairwise(edges)]
+
+
 def _panels(start: int, stop: int, is_cut: bool) -> int:
     """Panels of a range of rows."""
     return (stop - start) // CUT_M if is_cut else 1
@@ -556,26 +559,26 @@ def _hidden(band: Band, num_queries: int, group: int, num_keys: int) -> Array:
 
 
 def _cut(x: Array, dim: int) -> Array:
-    """View (heads, rows, columns) as (heads, cuts, cuts, rows of a cut, columns of a cut), for sums over columns."""
-    heads, m, n = x.shape
+    """View (..., rows, columns) as (..., cuts, cuts, rows of a cut, columns of a cut), for sums over columns."""
+    *outer, m, n = x.shape
     cut_m, cut_n = (CUT_M, CUT_N) if dim <= CUT_DIM and m % CUT_M == 0 and n % CUT_N == 0 else (m, n)
-    return x.reshape(heads, m // cut_m, cut_m, n // cut_n, cut_n).swapaxes(2, 3)
+    return x.reshape(*outer, m // cut_m, cut_m, n // cut_n, cut_n).swapaxes(-3, -2)
 
 
 def _cut_product(b: Array, out: Array) -> tuple[Array, Array]:
     """Cut ``out`` of a product and its operand ``b``, whose columns are those of ``out``."""
-    heads, dim = b.shape[:2]
+    *outer, dim, _ = b.shape
     out = _cut(out, dim)
-    return b.reshape(heads, 1, dim, -1, out.shape[4]).swapaxes(2, 3), out
+    return b.reshape(*outer, 1, dim, -1, out.shape[-1]).swapaxes(-3, -2), out
 
 
 class _ScoreProduct:
     """``out = a @ b`` per head, with sums over a head dim; prepared for many ``a``."""
 
     def __init__(self, b: Array, out: Array) -> None:
-        """Take b (heads, 1, cuts, dim, columns) and out (heads, cuts, cuts, rows, columns)."""
-        heads, cuts, _, rows, _ = out.shape
-        self.a_shape = heads, cuts, 1, rows, b.shape[3]
+        """Take b (..., 1, cuts, dim, columns) and out (..., cuts, cuts, rows, columns)."""
+        *outer, cuts, _, rows, _ = out.shape
+        self.a_shape = *outer, cuts, 1, rows, b.shape[-2]
         self.b = b
         self.out = out
 
@@ -587,23 +590,23 @@ class _WeightedSum:
     """``total += weights @ rows`` per head, with sums over a block of keys or of rows; prepared for many ``rows``."""
 
     def __init__(self, weights: Array, dim: int, memory: Array) -> None:
-        """Take weights (heads, cuts, cuts, rows, columns)."""
-        self.weights = weights.swapaxes(1, 2)
-        heads, parts, cuts, m, n = self.weights.shape
-        self.rows_shape = heads, parts, 1, n, dim
-        shape = (heads, parts, cuts, m, dim)
+        """Take weights (..., cuts, cuts, rows, columns)."""
+        self.weights = weights.swapaxes(-4, -3)
+        *outer, parts, cuts, m, n = self.weights.shape
+        self.rows_shape = *outer, parts, 1, n, dim
+        shape = (*outer, parts, cuts, m, dim)
         self.products = memory[: math.prod(shape)].reshape(shape)
-        self.summands = list(self.products.reshape(heads, parts, cuts * m, dim).swapaxes(0, 1))
+        self.summands = list(np.moveaxis(self.products.reshape(*outer, parts, cuts * m, dim), -3, 0))
 
     def __call__(self, rows: Array, total: Array, hidden: Array | None) -> None:
         """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan)."""
-        if hidden is not None and not (finite := np.isfinite(rows).all(axis=2)).all():
-            n = self.weights.shape[4]
-            for head, i in np.argwhere(~finite):
+        if hidden is not None and not (finite := np.isfinite(rows).all(axis=-1)).all():
+            n = self.weights.shape[-1]
+            for *head, i in np.argwhere(~finite):
                 seen = ~hidden[i]
-                weights = self.weights[head, i // n, :, :, i % n].reshape(-1)
-                total[head, seen] += weights[seen, None] * rows[head, i]
-            rows = np.where(finite[:, :, None], rows, 0)
+                weights = self.weights[*head, i // n, :, :, i % n].reshape(-1)
+                total[*head, seen] += weights[seen, None] * rows[*head, i]
+            rows = np.where(finite[..., None], rows, 0)
         np.matmul(self.weights, rows.reshape(self.rows_shape), out=self.products)
         for summand in self.summands:
             total += summand
