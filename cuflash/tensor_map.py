@@ -16,13 +16,13 @@ from typing import Any
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}
 _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_256B, _FILL_ZERO = 0, 3, 3, 0
 _BYTES = 128
-#: Strides are multiples of this many bytes and smaller than that many; the address is a multiple, too.
-STRIDE_UNIT, STRIDE_LIMIT = 16, 1 << 40
+#: Strides are smaller than this, in bytes; they and the address are multiples of 16.
+STRIDE_LIMIT = 1 << 40
 
 
 @functools.cache
 def _encode_function() -> Any:
-    """CuTensorMapEncodeTiled of the driver, which no Python package that is always there offers."""
+    """The driver's cuTensorMapEncodeTiled, which no Python package that is always there offers."""
     driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     return driver.cuTensorMapEncodeTiled
 
@@ -44,10 +44,7 @@ class TensorMap:
 
     def __init__(self, dtype: str, lengths: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> None:
         rank = len(lengths)
-        # The driver wants the descriptor on 64 bytes.
-        self._memory = ctypes.create_string_buffer(_BYTES + 64)
-        self._address = ctypes.addressof(self._memory) + -ctypes.addressof(self._memory) % 64
-        self._before = (ctypes.c_void_p(self._address), ctypes.c_int(_DATA_TYPES[dtype]), ctypes.c_uint32(rank))
+        self._before = (ctypes.c_int(_DATA_TYPES[dtype]), ctypes.c_uint32(rank))
         self._after = (
             (ctypes.c_uint64 * rank)(*(max(length, 1) for length in lengths)),  # the driver accepts no empty axis
             (ctypes.c_uint64 * (rank - 1))(*strides),
@@ -59,10 +56,14 @@ class TensorMap:
 
     def encode(self, pointer: int) -> bytes:
         """The descriptor for an operand at this address."""
-        error = _encode_function()(*self._before, ctypes.c_void_p(pointer), *self._after)
+        # Memory of this call alone: threads may share a descriptor's owner, and the driver writes without the
+        # interpreter's lock. It wants 64-byte alignment.
+        memory = ctypes.create_string_buffer(_BYTES + 64)
+        address = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
+        error = _encode_function()(ctypes.c_void_p(address), *self._before, ctypes.c_void_p(pointer), *self._after)
         if error:
             raise RuntimeError(f"cuTensorMapEncodeTiled failed with CUresult {error}: {self._what}, address {pointer}")
-        return ctypes.string_at(self._address, _BYTES)
+        return ctypes.string_at(address, _BYTES)
 
 
 class TensorMaps:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -86,3 +88,20 @@ def test_packed_queries_are_an_axis_of_their_own(driver: Driver) -> None:
     assert q_map == [[64, 4, 5, 3, 2], [128, 12 * 128, 4 * 128, 5 * 12 * 128], [64, 4, rows, 1, 1]]
     assert k_map == [[64, 700, 3, 2], [128, 700 * 128, 700 * 3 * 128], [64, chosen.config.block_n, 1, 1]]
     assert v_map == [[64, 700, 3, 2], [3 * 128, 128, 700 * 3 * 128], [64, chosen.config.block_n, 1, 1]]
+
+
+def test_threads_that_share_a_map_get_their_own_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver runs without the interpreter's lock: what one thread asks for must not end up with another."""
+    both_wrote = threading.Barrier(2)
+
+    class Slow(Driver):
+        def __call__(self, *arguments: Any) -> int:
+            error = super().__call__(*arguments)
+            both_wrote.wait(timeout=10)
+            return error
+
+    fake = Slow()
+    monkeypatch.setattr(tensor_map, "_encode_function", lambda: fake)
+    shared = TensorMap("float16", (64, 8), (128,), (64, 8))
+    with ThreadPoolExecutor(2) as pool:
+        assert [address_in(found) for found in pool.map(shared.encode, (16, 32))] == [16, 32]
