@@ -153,15 +153,17 @@ class ForwardCall:
             params.fill_operand(block, name, strides, itemsize)
         params.fill_shape(block, problem)
         # A scale of 0 becomes one so small that products vanish: 0 times a hidden score would be NaN.
-        block["scale_log2"] = max(abs(problem.scale) * params.LOG2_E, 1e-37)
-        block["score_sign"] = -1.0 if problem.scale < 0 else 1.0
+        scale_log2 = max(abs(problem.scale) * params.LOG2_E, 1e-37)
+        sign = -1.0 if problem.scale < 0 else 1.0
         maps = None
-        if self.plan.order is not None:
-            block["scale_log2"] *= block["score_sign"]
+        if isinstance(config, configs.ForwardWgmmaConfig):
+            assert self.plan.order is not None
+            block["scale_log2"] = sign * scale_log2
             block["order"] = dataclasses.astuple(self.plan.order)
-            assert isinstance(config, configs.ForwardWgmmaConfig)
             if config.copy == "tma":
                 maps = _forward_maps(problem, config, self.plan.order.pack, q, k, v)
+        else:
+            block["scale"], block["scale_log2"], block["score_sign"] = problem.scale, scale_log2, sign
         self._call = _Call((self.plan,), device_id, block, ("q", "k", "v", "out", "lse"), maps)
 
     def __call__(self, q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
@@ -201,7 +203,7 @@ class BackwardCall:
             params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
         params.fill_shape(block, problem)
         block["rows"] = layout.rows
-        block["scale_log2"] = problem.scale * params.LOG2_E
+        block["scale"], block["scale_log2"] = problem.scale, problem.scale * params.LOG2_E
         pointers = (*operands, "lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore")
         self._call = _Call(self.plans, device_id, block, pointers)
 

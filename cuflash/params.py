@@ -27,14 +27,7 @@ _SHAPE = np.dtype(
     ],
     align=True,
 )  # fmt: skip
-_FORWARD = [
-    *((name, _OPERAND) for name in ("q", "k", "v", "out")),
-    ("lse", "u8"),
-    ("shape", _SHAPE),
-    ("scale", "f8"),
-    ("scale_log2", "f4"),
-    ("score_sign", "f4"),
-]
+_FORWARD = [*((name, _OPERAND) for name in ("q", "k", "v", "out")), ("lse", "u8"), ("shape", _SHAPE)]
 _TILE_ORDER = np.dtype(
     [(name, "i4") for name in ("num_tiles", "num_m_blocks", "num_heads", "section", "pack")], align=True
 )
@@ -56,9 +49,15 @@ def _aligned(fields: list[tuple[str, Any]], alignment: int) -> np.dtype:
 
 
 PARAMS = {
-    "ForwardParams": np.dtype(_FORWARD, align=True),
+    "ForwardParams": np.dtype([*_FORWARD, ("scale", "f8"), ("scale_log2", "f4"), ("score_sign", "f4")], align=True),
     "ForwardWgmmaParams": _aligned(
-        [*((name, "V128") for name in ("q_map", "k_map", "v_map")), *_FORWARD, ("order", _TILE_ORDER)], 64
+        [
+            *((name, "V128") for name in ("q_map", "k_map", "v_map")),
+            *_FORWARD,
+            ("scale_log2", "f4"),
+            ("order", _TILE_ORDER),
+        ],
+        64,
     ),
     "BackwardParams": np.dtype(
         [
@@ -94,14 +93,13 @@ def layout_assertions(params: str) -> list[str]:
 
 
 def fill_shape(block: Any, problem: Problem) -> None:
-    """Write what both families of parameters say of a problem."""
+    """Write the lengths and the visibility of a problem."""
     p = problem
     if max(p.seqlen_q, p.seqlen_k) > OPEN:
         raise ValueError(f"seqlen: got {max(p.seqlen_q, p.seqlen_k)}, wanted at most {OPEN}")
     lower = -OPEN if p.band.lower is None else max(-OPEN, min(OPEN, p.band.lower))
     upper = OPEN if p.band.upper is None else max(-OPEN, min(OPEN, p.band.upper))
     block["shape"] = (p.num_heads, p.group_size, p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v, lower, upper)
-    block["scale"] = p.scale
 
 
 def fill_operand(block: Any, name: str, strides: Strides, itemsize: int) -> None:

@@ -51,9 +51,7 @@ struct ForwardWgmmaParams {
     Operand q, k, v, out;
     char* lse;
     Shape shape;
-    double scale;
-    float scale_log2;
-    float score_sign;
+    float scale_log2;  // scale * log2(e) with its sign, never 0: see softmax.cuh
     TileOrder order;
 };
 
