@@ -42,7 +42,8 @@ def smem_limit(arch: int) -> int:
     return SMEM_PER_BLOCK[max(known for known in ARCHS if known <= arch)]
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
     return -(-a // b)
 
 
@@ -120,8 +121,8 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardMmaConfig(Config):
-    """``forward_mma.cuh``."""
+class TileConfig(Config):
+    """What the main kernels on tensor cores have in common: their arithmetic, and the tile of scores."""
 
     mma: str
     copy: str
@@ -129,6 +130,23 @@ class ForwardMmaConfig(Config):
     head_dim_v: int
     block_m: int
     block_n: int
+
+    @property
+    def elem_bytes(self) -> int:
+        return _elem_bytes(self.mma)
+
+    @property
+    def tile_name(self) -> str:
+        """First part of the name."""
+        return (
+            f"attention_{self.function}_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardMmaConfig(TileConfig):
+    """``forward_mma.cuh``."""
+
     num_warps: int
     num_stages: int = 2
     overlap: bool = False
@@ -141,10 +159,6 @@ class ForwardMmaConfig(Config):
     tiles: ClassVar[str] = "ForwardMmaTiles"
 
     @property
-    def elem_bytes(self) -> int:
-        return _elem_bytes(self.mma)
-
-    @property
     def smem_bytes(self) -> int:
         q_or_out = self.block_m * max(self.head_dim, self.head_dim_v)
         stages = self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
@@ -152,22 +166,13 @@ class ForwardMmaConfig(Config):
 
     @property
     def name(self) -> str:
-        return (
-            f"attention_forward_mma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
-            f"_w{self.num_warps}{'_overlap' if self.overlap else ''}_{self.copy}"
-        )
+        return f"{self.tile_name}_w{self.num_warps}{'_overlap' if self.overlap else ''}_{self.copy}"
 
 
 @dataclass(frozen=True, slots=True)
-class ForwardWgmmaConfig(Config):
+class ForwardWgmmaConfig(TileConfig):
     """``forward_wgmma.cuh``."""
 
-    mma: str
-    copy: str
-    head_dim: int
-    head_dim_v: int
-    block_m: int
-    block_n: int
     num_stages: int = 2
     q_stages: int = 2
     ping_pong: bool = True
@@ -191,7 +196,7 @@ class ForwardWgmmaConfig(Config):
     @property
     def smem_bytes(self) -> int:
         # Tile rows are whole slabs of 64 columns.
-        columns, columns_v = (_ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
+        columns, columns_v = (ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
         stage = self.block_n * (columns + columns_v)
         elems = self.q_stages * self.block_m * columns + self.num_stages * stage
         return 2 * elems + 32 * (self.q_stages + self.num_stages)
@@ -199,21 +204,14 @@ class ForwardWgmmaConfig(Config):
     @property
     def name(self) -> str:
         return (
-            f"attention_forward_wgmma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
-            f"_s{self.num_stages}_q{self.q_stages}{'_pingpong' if self.ping_pong else ''}_{self.copy}"
+            f"{self.tile_name}_s{self.num_stages}_q{self.q_stages}{'_pingpong' if self.ping_pong else ''}_{self.copy}"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class BackwardMmaConfig(Config):
+class BackwardMmaConfig(TileConfig):
     """``backward_mma.cuh``."""
 
-    mma: str
-    copy: str
-    head_dim: int
-    head_dim_v: int
-    block_m: int
-    block_n: int
     num_warps: int
     num_stages: int
     dq_warps_m: int
@@ -228,10 +226,6 @@ class BackwardMmaConfig(Config):
     tiles: ClassVar[str] = "BackwardMmaTiles"
 
     @property
-    def elem_bytes(self) -> int:
-        return _elem_bytes(self.mma)
-
-    @property
     def smem_bytes(self) -> int:
         row = self.head_dim + self.head_dim_v
         stage = self.block_m * row + self.block_n * self.block_m  # Q, dO and dS
@@ -241,8 +235,7 @@ class BackwardMmaConfig(Config):
     @property
     def name(self) -> str:
         return (
-            f"attention_backward_mma_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}_n{self.block_n}"
-            f"_w{self.num_warps}_s{self.num_stages}_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
+            f"{self.tile_name}_w{self.num_warps}_s{self.num_stages}_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
             f"{'_deterministic' if self.deterministic else ''}"
         )
 

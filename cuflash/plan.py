@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from . import configs
-from .configs import Config
+from .configs import Config, ceil_div
 from .problem import ITEMSIZE, Problem
 
 
@@ -64,13 +64,13 @@ class Workspace:
     @classmethod
     def of(cls, problem: Problem, block_m: int, itemsize: int, dq_columns: int, semaphores: int) -> Workspace:
         """Parts for rows in tiles of `block_m`, float32 or float64 sums, and semaphores per tile."""
-        rows = _ceil_div(problem.seqlen_q, block_m) * block_m
+        rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
         sizes = (heads * rows * itemsize,) * 2 + (heads * rows * dq_columns * 4, tiles * semaphores * 4)
         ends = [0]
         for size in sizes:
-            ends.append(ends[-1] + _ceil_div(size, 256) * 256)
+            ends.append(ends[-1] + ceil_div(size, 256) * 256)
         return cls(rows, *ends[1:])
 
 
@@ -89,7 +89,7 @@ class TileOrder:
         """Tiles of a head each, or of the `pack` query heads that share keys, for `grid` blocks."""
         p = problem
         rows = config.block_m // pack
-        num_m_blocks, num_heads = _ceil_div(p.seqlen_q, rows), p.num_heads // pack
+        num_m_blocks, num_heads = ceil_div(p.seqlen_q, rows), p.num_heads // pack
         group, heads = max(p.group_size // pack, 1), p.batch * num_heads
         if p.band.is_open or num_m_blocks <= 1 or heads == 0:
             section = group  # the heads that share keys and values, then the next ones
@@ -109,12 +109,10 @@ _MAX_SIMULATED = 1 << 15
 
 def _key_blocks(problem: Problem, rows: int, num_m_blocks: int, block_n: int) -> np.ndarray:
     """Key blocks that each tile of `rows` queries visits; ``block_range.cuh`` is the other side."""
-    begin = np.arange(num_m_blocks, dtype=np.int64) * rows
-    end = np.minimum(begin + rows, problem.seqlen_q)
-    lower, upper = problem.band.lower, problem.band.upper
-    first = np.zeros_like(begin) if lower is None else np.maximum(begin + lower, 0)
-    last = np.full_like(begin, problem.seqlen_k) if upper is None else np.minimum(end + upper, problem.seqlen_k)
-    return np.where(first < last, (last + block_n - 1) // block_n - first // block_n, 0)
+    p = problem
+    starts = range(0, num_m_blocks * rows, rows)
+    ranges = (p.band.key_range(start, min(start + rows, p.seqlen_q), p.seqlen_k) for start in starts)
+    return np.array([ceil_div(end, block_n) - begin // block_n for begin, end in ranges])
 
 
 def _section(problem: Problem, work: np.ndarray, heads: int, group: int, grid: int) -> int:
@@ -140,7 +138,7 @@ def _makespan(cost: np.ndarray, heads: int, section: int, grid: int) -> float:
     """Work of the block that has the most."""
     sections = [min(section, heads - first) for first in range(0, heads, section)]
     tiles = np.concatenate([np.repeat(cost[::-1], size) for size in sections])
-    rounds = _ceil_div(len(tiles), grid)
+    rounds = ceil_div(len(tiles), grid)
     table = np.zeros((rounds, grid))
     table.ravel()[: len(tiles)] = tiles
     table[1::2] = table[1::2, ::-1]
@@ -184,10 +182,6 @@ class Plan:
         )
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _tensor_core(problem: Problem, device: DeviceInfo, family: str) -> tuple[str, int, int] | None:
     """Arithmetic and padded head dims on tensor cores; None where the SIMT kernels have to compute."""
     if family == "simt":
@@ -210,8 +204,8 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
     choice = _tensor_core(p, device, family)
     if choice is None:
         simt = configs.forward_simt_config(p.dtype, p.head_dim_v)
-        chunks = _ceil_div(p.head_dim_v, simt.columns)
-        return Plan(simt, chunks * _ceil_div(p.seqlen_q, simt.block_m) * p.num_heads * p.batch)
+        chunks = ceil_div(p.head_dim_v, simt.columns)
+        return Plan(simt, chunks * ceil_div(p.seqlen_q, simt.block_m) * p.num_heads * p.batch)
     mma, head_dim, head_dim_v = choice
     # Unaligned rows are copied element by element; the portable kernels have more threads for that.
     fits = configs.has_wgmma(mma, device.arch) and p.mappable
@@ -223,7 +217,7 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
             f"CUFLASH_KERNEL: got wgmma for {p.dtype} on {why}, which no such kernel computes; wanted auto, mma or simt"
         )
     config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized)
-    return Plan(config, _ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
+    return Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
 
 
 def _plan_forward_wgmma(mma: str, head_dim: int, head_dim_v: int, problem: Problem, device: DeviceInfo) -> Plan:
@@ -236,8 +230,8 @@ def _plan_forward_wgmma(mma: str, head_dim: int, head_dim_v: int, problem: Probl
     else:
 
         def waves(row: tuple[configs.ForwardWgmmaConfig, float]) -> float:
-            tiles = _ceil_div(p.seqlen_q, row[0].block_m) * p.num_heads * p.batch
-            return _ceil_div(tiles, device.num_sms) * row[1]
+            tiles = ceil_div(p.seqlen_q, row[0].block_m) * p.num_heads * p.batch
+            return ceil_div(tiles, device.num_sms) * row[1]
 
         config = min(rows, key=waves)[0]
     return wgmma_plan(config, p, device, pack)
@@ -248,8 +242,8 @@ def _pack(problem: Problem, block_m: int) -> int:
     p = problem
     if not 1 < p.group_size <= block_m:
         return 1
-    padded = _ceil_div(p.seqlen_q, block_m) * block_m * p.group_size
-    packed = _ceil_div(p.seqlen_q, block_m // p.group_size) * block_m  # the rows of a query stay in one tile
+    padded = ceil_div(p.seqlen_q, block_m) * block_m * p.group_size
+    packed = ceil_div(p.seqlen_q, block_m // p.group_size) * block_m  # the rows of a query stay in one tile
     return p.group_size if packed < 0.9 * padded else 1
 
 
@@ -274,12 +268,12 @@ def _plan_backward_simt(problem: Problem) -> tuple[Plan, ...]:
     p = problem
     delta, dkdv, dq = configs.backward_simt_configs(p.dtype, p.head_dim, p.head_dim_v)
     workspace = Workspace.of(p, 1, 8 if p.dtype == "float64" else 4, 0, 0)
-    dkdv_chunks = _ceil_div(max(p.head_dim, p.head_dim_v), dkdv.columns)
-    dq_chunks = _ceil_div(p.head_dim, dq.columns)
+    dkdv_chunks = ceil_div(max(p.head_dim, p.head_dim_v), dkdv.columns)
+    dq_chunks = ceil_div(p.head_dim, dq.columns)
     return (
-        Plan(delta, _ceil_div(p.seqlen_q, delta.num_warps) * p.num_heads * p.batch, workspace),
-        Plan(dkdv, dkdv_chunks * _ceil_div(p.seqlen_k, dkdv.block_n) * p.num_heads_kv * p.batch, workspace),
-        Plan(dq, dq_chunks * _ceil_div(p.seqlen_q, dq.block_m) * p.num_heads * p.batch, workspace),
+        Plan(delta, ceil_div(p.seqlen_q, delta.num_warps) * p.num_heads * p.batch, workspace),
+        Plan(dkdv, dkdv_chunks * ceil_div(p.seqlen_k, dkdv.block_n) * p.num_heads_kv * p.batch, workspace),
+        Plan(dq, dq_chunks * ceil_div(p.seqlen_q, dq.block_m) * p.num_heads * p.batch, workspace),
     )
 
 
@@ -291,6 +285,6 @@ def plans_around(main: configs.BackwardMmaConfig, problem: Problem) -> tuple[Pla
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
     return (
         Plan(preprocess, tiles, workspace),
-        Plan(main, _ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace),
+        Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace),
         Plan(convert, tiles, workspace),
     )
