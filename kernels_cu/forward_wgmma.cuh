@@ -86,6 +86,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
     int const warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for all lanes, and known to be
     int const thread = threadIdx.x % 128;
     int const rows_per_tile = cfg.block_m / order.pack;  // queries of a tile
+    auto query_in_tile = [&](int row) { return order.pack == 1 ? row : row / order.pack; };
 
     if (threadIdx.x == 0) {
         constexpr int kArrivals = kTma ? 1 : 128;
@@ -279,7 +280,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         int const first = __shfl_sync(0xffffffffu, note.z, 0), last = __shfl_sync(0xffffffffu, note.w, 0);
         bool const end = index < 0;
         int const q_end = min(shape.seqlen_q, q_begin + rows_per_tile);
-        auto query_of_row = [&](int row) { return q_begin + (order.pack == 1 ? row : row / order.pack); };
+        auto query_of_row = [&](int row) { return q_begin + query_in_tile(row); };
         // This warpgroup's own rows may see fewer keys than the tile.
         int const own_begin = query_of_row(first_row);
         int const own_end = min(q_end, query_of_row(first_row + 63) + 1);
@@ -351,7 +352,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 int const row = warp_row + lane / 4 + 8 * h;
-                int const q_idx = at.m_block * rows_per_tile + (order.pack == 1 ? row : row / order.pack);
+                int const q_idx = at.m_block * rows_per_tile + query_in_tile(row);
                 int const head = at.head * order.pack + (order.pack == 1 ? 0 : row % order.pack);
                 bool const valid = q_idx < min(shape.seqlen_q, (at.m_block + 1) * rows_per_tile);
                 if (params.lse != nullptr && lane % 4 == 0 && valid) {

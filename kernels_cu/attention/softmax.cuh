@@ -75,7 +75,7 @@ struct OnlineSoftmax {
 // is needed anyway. So weights are computed with the shift that is there, and maxima are looked for when a row
 // sees its first keys (`settle`), or when the sum says that the shift has become too small: then the scores, which
 // the weights have replaced, are computed again, and `raise` finds a new shift. The first is once per row, the
-// second rare: scores must have grown by a factor of 2^kLimitLog2 in exp2(score).
+// second rare: the weights of a lane have to sum to more than kLimit.
 //
 // scale_log2 has the sign of the scale, and is never 0: hidden scores are infinite, with the sign that makes their weights
 // vanish.
