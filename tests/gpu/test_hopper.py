@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import launch, plan
+from cuflash import configs, launch, plan
 from cuflash.problem import Problem
 from cuflash.scores import Band, make_band
-from tests.gpu.harness import assert_same_bits, check_forward, cupy
-from tests.strategies import Case
+from tests.gpu.harness import assert_same_bits, cupy, judge_forward
+from tests.strategies import Case, make_operands
 from tests.tolerance import Yardstick
 
 DEVICE = plan.DeviceInfo.of_arch(90)
@@ -37,13 +37,9 @@ class Operands:
         self.q, self.k, self.v = draw
         self.strides = tuple(stride // 2 for stride in self.q.strides[:3])
 
-    def call(self, problem: Problem, device: plan.DeviceInfo = DEVICE, **changes: Any) -> tuple[Any, Any]:
-        """Output and LSE, NaN where nothing was written; `changes` are made to the grid and to the order of tiles."""
-        chosen = plan.plan_forward(launch._with_keys(problem, 0, problem.seqlen_k), device)
-        if changes:
-            grid = changes.pop("grid", chosen.grid)
-            assert chosen.order is not None
-            chosen = dataclasses.replace(chosen, grid=grid, order=dataclasses.replace(chosen.order, **changes))
+    def call(self, problem: Problem, chosen: plan.Plan | None = None) -> tuple[Any, Any]:
+        """Output and LSE by a plan, the planner's own where none is given; NaN where nothing was written."""
+        chosen = chosen or plan.plan_forward(problem, DEVICE)
         shape = problem.batch, problem.num_heads, problem.seqlen_q
         out = cupy.full((*shape, problem.head_dim_v), cupy.nan, dtype=np.float16)
         lse = cupy.full(shape, cupy.nan, dtype=np.float32)
@@ -60,6 +56,11 @@ def problem_of(
     return Problem("float16", batch, heads, heads_kv, seqlen_q, seqlen_k, dim, dim, dim**-0.5, band or Band())
 
 
+def tiles_of(dim: int) -> list[configs.ForwardWgmmaConfig]:
+    """Every tile that the planner may choose for a head dim: which one it takes depends on how many there are."""
+    return [config for config, _ in configs.forward_wgmma_configs("f16", dim, dim, True)]
+
+
 def difference(found: tuple[Any, Any], wanted: tuple[Any, Any]) -> Any:
     """Largest difference of output and LSE, on the device; NaN if either is, or an infinity is not matched."""
     out = cupy.abs(found[0].astype(np.float32) - wanted[0].astype(np.float32)).max()
@@ -72,23 +73,23 @@ CLOSE = 6e-3
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_every_length(dim: int, is_causal: bool) -> None:
-    """1 to three blocks of keys and one more, and the same for queries."""
+@pytest.mark.parametrize("config", [tile for dim in (64, 128, 256) for tile in tiles_of(dim)], ids=lambda c: c.name)
+def test_every_length(config: configs.ForwardWgmmaConfig, is_causal: bool) -> None:
+    """1 to three blocks of keys and one more, and the same for queries, with every tile."""
+    dim = config.head_dim
     operands = Operands(1, 2, 600, dim)
-    config = plan.plan_forward(problem_of(1, 2, 2, 9, 9, dim), DEVICE).config
     worst = cupy.zeros((), dtype=np.float32)
     lengths = [(130, n) for n in range(1, 3 * config.block_n + 2)] + [(n, 70) for n in range(1, 3 * config.block_m + 2)]
     for seqlen_q, seqlen_k in lengths:
         problem = problem_of(1, 2, 2, seqlen_q, seqlen_k, dim, make_band(is_causal, None, None, seqlen_q, seqlen_k))
-        found = operands.call(problem)
-        worst = cupy.maximum(worst, difference(found, operands.call(problem, PORTABLE)))
+        found = operands.call(problem, plan.wgmma_plan(config, problem, DEVICE))
+        worst = cupy.maximum(worst, difference(found, operands.call(problem, plan.plan_forward(problem, PORTABLE))))
     assert float(worst) < CLOSE
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_thousand_problems(seed: int) -> None:
-    """Nothing hangs, and neither the grid nor the order of tiles changes a bit."""
+    """Nothing hangs, and neither the grid, nor the order of tiles, nor their size changes a bit."""
     draw = random.Random(seed)
     operands = {dim: Operands(2, 12, 700, dim) for dim in (64, 96, 128, 192, 256)}
     worst, same = cupy.zeros((), dtype=np.float32), cupy.ones((), dtype=bool)
@@ -102,13 +103,19 @@ def test_a_thousand_problems(seed: int) -> None:
         offset = draw.choice((None, 0, draw.randint(-400, 400)))
         band = make_band(draw.random() < 0.5, window, offset, seqlen_q, seqlen_k)
         problem = problem_of(draw.randint(1, 2), heads_kv * group, heads_kv, seqlen_q, seqlen_k, dim, band)
-        found = operands[dim].call(problem)
-        tiles = plan.plan_forward(problem, DEVICE).order.num_tiles
-        again = operands[dim].call(problem, grid=draw.randint(1, tiles), section=draw.randint(1, 2 * heads_kv * group))
+        chosen = plan.plan_forward(problem, DEVICE)
+        assert chosen.order is not None
+        found = operands[dim].call(problem, chosen)
+        # Packed heads keep their tile: there it decides which queries share a warp.
+        other = chosen if chosen.order.pack > 1 else plan.wgmma_plan(draw.choice(tiles_of(dim)), problem, DEVICE)
+        order = dataclasses.replace(other.order, section=draw.randint(1, 2 * heads_kv * group))
+        other = dataclasses.replace(other, grid=draw.randint(1, order.num_tiles), order=order)
+        again = operands[dim].call(problem, other)
         same &= (found[0].view(np.uint16) == again[0].view(np.uint16)).all()
         same &= (found[1].view(np.uint32) == again[1].view(np.uint32)).all()
         if number % 10 == 0:
-            worst = cupy.maximum(worst, difference(found, operands[dim].call(problem, PORTABLE)))
+            portable = operands[dim].call(problem, plan.plan_forward(problem, PORTABLE))
+            worst = cupy.maximum(worst, difference(found, portable))
     assert bool(same)
     assert float(worst) < CLOSE
 
@@ -178,11 +185,21 @@ def test_operands_that_move() -> None:
             assert_same_bits(out, cupy.full_like(out, number))
 
 
+@pytest.mark.parametrize("storage", ["contiguous", "offset"])
 @pytest.mark.parametrize("dims", [(40, 40), (72, 96), (192, 128), (17, 33), (255, 255)], ids=str)
-def test_element_and_descriptor_producers(dims: tuple[int, int]) -> None:
-    """Head dims that fill no slab, aligned and not."""
-    for storage in ("contiguous", "offset"):
-        check_forward(
-            Case(num_heads=3, seqlen_q=200, seqlen_k=300, head_dim=dims[0], head_dim_v=dims[1], is_causal=True,
-                 storage=(storage,) * 4)
-        )  # fmt: skip
+def test_element_and_descriptor_producers(dims: tuple[int, int], storage: str) -> None:
+    """Head dims that fill no slab, aligned and not: the planner leaves the latter to others unless it is asked."""
+    case = Case(
+        num_heads=3, seqlen_q=200, seqlen_k=300, head_dim=dims[0], head_dim_v=dims[1], is_causal=True,
+        storage=(storage,) * 4,
+    )  # fmt: skip
+    q, k, v, _ = make_operands(case, cupy.asarray)
+    out, lse = cupy.full((1, 3, 200, dims[1]), cupy.nan, np.float16), cupy.full((1, 3, 200), cupy.nan, np.float32)
+    is_aligned = storage == "contiguous" and all(dim % 8 == 0 for dim in dims)
+    problem = Problem("float16", 1, 3, 3, 200, 300, *dims, case.softmax_scale, case.band, vectorized=is_aligned)
+    chosen = plan.plan_forward(problem, DEVICE, "wgmma")
+    assert chosen.config.copy == ("tma" if is_aligned else "element")
+    strides = [tuple(stride // 2 for stride in array.strides[:3]) for array in (q, k, v, out)]
+    run = launch.ForwardCall(problem, 0, *strides, plan=chosen)
+    run(*(array.data.ptr for array in (q, k, v, out, lse)), cupy.cuda.get_current_stream().ptr)
+    judge_forward(case, q, k, v, out, lse)
