@@ -225,6 +225,19 @@ class BackwardMmaConfig(TileConfig):
     params: ClassVar[str] = "BackwardParams"
     tiles: ClassVar[str] = "BackwardMmaTiles"
 
+    #: Whether warps hold columns of d_q as the rows of their accumulators.
+    dq_transposed: ClassVar[bool] = False
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of d_q that the workspace holds."""
+        return self.head_dim
+
+    @property
+    def dq_layout(self) -> tuple[int, int, int]:
+        """Warps, those along the rows of a d_q tile, and how many floats they add at once."""
+        return self.num_warps, self.dq_warps_m, self.reduce_width
+
     @property
     def smem_bytes(self) -> int:
         row = self.head_dim + self.head_dim_v
@@ -241,12 +254,68 @@ class BackwardMmaConfig(TileConfig):
 
 
 @dataclass(frozen=True, slots=True)
+class BackwardWgmmaConfig(TileConfig):
+    """``backward_wgmma.cuh``."""
+
+    kv_stages: int = 1
+    num_stages: int = 2
+    overlap: bool = False
+    deterministic: bool = False
+    min_blocks: int = 1
+
+    header: ClassVar[str] = "backward_wgmma.cuh"
+    function: ClassVar[str] = "backward_wgmma"
+    params: ClassVar[str] = "BackwardWgmmaParams"
+    tiles: ClassVar[str] = "BackwardWgmmaTiles"
+    arch_specific: ClassVar[bool] = True
+
+    @property
+    def by_role(self) -> bool:
+        """Whether two warpgroups share the work on 64 keys by what they compute; on more, each has 64 of its own."""
+        return self.block_n == 64
+
+    @property
+    def num_warps(self) -> int:  # type: ignore[override]
+        return 12 if self.by_role else 4 * (self.block_n // 64 + 1)
+
+    @property
+    def dq_transposed(self) -> bool:
+        """Whether warpgroups share a tile of d_q by columns, as 64 rows each would not make it up."""
+        return self.by_role or self.block_m != self.block_n
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of d_q that the workspace holds."""
+        return 16 * self.dq_layout[0] if self.dq_transposed else self.head_dim
+
+    @property
+    def dq_layout(self) -> tuple[int, int, int]:
+        """Warps, those along the rows of a d_q tile, and how many floats they add at once."""
+        warps = ceil_div(self.head_dim, 64) * 4 if self.dq_transposed else self.block_n // 16
+        return warps, warps, 4
+
+    @property
+    def smem_bytes(self) -> int:
+        columns, columns_v = (ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
+        elems = (self.kv_stages * self.block_n + self.num_stages * self.block_m) * (columns + columns_v)
+        elems += (4 if self.by_role else 2) * self.block_m * self.block_n  # dS, and P where others need it
+        stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
+        barriers = 4 + 3 * self.kv_stages + 3 * self.num_stages
+        return 2 * elems + stats + 32 * self.num_stages + 64 * self.kv_stages + 8 * barriers
+
+    @property
+    def name(self) -> str:
+        stages = f"kv{self.kv_stages}_s{self.num_stages}{'_overlap' if self.overlap else ''}"
+        return f"{self.tile_name}_{stages}_{self.copy}{'_deterministic' if self.deterministic else ''}"
+
+
+@dataclass(frozen=True, slots=True)
 class BackwardPreprocessConfig(Config):
     """``backward_preprocess.cuh``."""
 
     mma: str
     copy: str
-    head_dim: int
+    dq_columns: int
     head_dim_v: int
     block_m: int
     num_warps: int
@@ -264,7 +333,7 @@ class BackwardPreprocessConfig(Config):
     @property
     def name(self) -> str:
         return (
-            f"attention_backward_preprocess_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_m{self.block_m}"
+            f"attention_backward_preprocess_{self.mma}_d{self.dq_columns}_dv{self.head_dim_v}_m{self.block_m}"
             f"_x{self.semaphores}_{self.copy}"
         )
 
@@ -280,6 +349,7 @@ class BackwardConvertConfig(Config):
     num_warps: int
     dq_warps_m: int
     reduce_width: int
+    transposed: bool = False
     min_blocks: int = 1
 
     header: ClassVar[str] = "backward_convert.cuh"
@@ -294,7 +364,7 @@ class BackwardConvertConfig(Config):
     def name(self) -> str:
         return (
             f"attention_backward_convert_{self.mma}_d{self.head_dim}_m{self.block_m}_w{self.num_warps}"
-            f"_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
+            f"_q{self.dq_warps_m}_r{self.reduce_width}{'_t' if self.transposed else ''}_{self.copy}"
         )
 
 
@@ -623,21 +693,43 @@ def backward_mma_config(
     )
 
 
-def backward_companions(main: BackwardMmaConfig) -> tuple[BackwardPreprocessConfig, BackwardConvertConfig]:
+# Hopper backward, by padded head dims: block_m, block_n, kv_stages, num_stages, overlap. A second row is for keys that
+# few tiles of queries see, so that waits between one tile of keys and the next count.
+_BACKWARD_WGMMA: dict[tuple[int, int], tuple[tuple[int, int, int, int, bool], ...]] = {
+    (32, 32): ((128, 128, 2, 2, True),),
+    (64, 64): ((128, 128, 1, 2, True), (128, 128, 2, 2, True)),
+    (96, 96): ((96, 128, 1, 2, False),),
+    (128, 128): ((64, 128, 1, 2, True),),
+    (192, 128): ((64, 64, 1, 3, False),),
+    (192, 192): ((64, 64, 1, 2, False),),
+    (256, 256): ((48, 64, 1, 2, False),),
+}
+
+
+def backward_wgmma_configs(
+    mma: str, head_dim: int, head_dim_v: int, deterministic: bool
+) -> tuple[BackwardWgmmaConfig, ...]:
+    """The rows of the table, for long sequences first; `head_dim`s are padded ones."""
+    return tuple(
+        BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *row, deterministic)
+        for row in _BACKWARD_WGMMA[head_dim, head_dim_v]
+    )
+
+
+def backward_companions(
+    main: BackwardMmaConfig | BackwardWgmmaConfig,
+) -> tuple[BackwardPreprocessConfig, BackwardConvertConfig]:
     """The kernels before and after the main one, which share its tiles."""
-    preprocess = BackwardPreprocessConfig(
-        main.mma,
-        main.copy,
-        main.head_dim,
-        main.head_dim_v,
-        main.block_m,
-        4,
-        main.num_warps if main.deterministic else 0,
+    copy = "async" if main.copy == "tma" else main.copy
+    num_warps, dq_warps_m, reduce_width = main.dq_layout
+    # One thread of a Hopper block sees to the order, in portable ones each warp.
+    semaphores = (1 if isinstance(main, BackwardWgmmaConfig) else num_warps) if main.deterministic else 0
+    return (
+        BackwardPreprocessConfig(main.mma, copy, main.dq_columns, main.head_dim_v, main.block_m, 4, semaphores),
+        BackwardConvertConfig(
+            main.mma, copy, main.head_dim, main.block_m, num_warps, dq_warps_m, reduce_width, main.dq_transposed
+        ),
     )
-    convert = BackwardConvertConfig(
-        main.mma, main.copy, main.head_dim, main.block_m, main.num_warps, main.dq_warps_m, main.reduce_width
-    )
-    return preprocess, convert
 
 
 # A block of 16 threads per row: 64 rows by 8 warps, or 32 rows by 4 warps where a number takes two registers.
@@ -691,6 +783,11 @@ def _all_configs(arch: int) -> Iterator[Config]:
                         yield from (row[0] for row in forward_wgmma_configs(mma, head_dim, head_dim_v, vectorized))
                     yield forward_mma_config(mma, arch, head_dim, head_dim_v, vectorized)
                     for deterministic in (False, True):
-                        main = backward_mma_config(mma, arch, head_dim, head_dim_v, vectorized, deterministic)
-                        yield main
-                        yield from backward_companions(main)
+                        mains: list[BackwardMmaConfig | BackwardWgmmaConfig] = [
+                            backward_mma_config(mma, arch, head_dim, head_dim_v, vectorized, deterministic)
+                        ]
+                        if has_wgmma(mma, arch):
+                            mains += backward_wgmma_configs(mma, head_dim, head_dim_v, deterministic)
+                        for main in mains:
+                            yield main
+                            yield from backward_companions(main)

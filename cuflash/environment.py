@@ -44,8 +44,8 @@ PRINT_PLAN = Variable("CUFLASH_PRINT_PLAN", "1: print the plan of every new prob
 LOG = Variable("CUFLASH_LOG", "1: say on stderr what is compiled, and how long it took.")
 KERNEL = Variable(
     "CUFLASH_KERNEL",
-    "Kernels the planner may choose: auto, the best for the device; mma (tensor cores), wgmma (Hopper's forward) or "
-    "simt, only those.",
+    "Kernels the planner may choose: auto, the best for the device; mma (tensor cores), wgmma (Hopper) or simt, only "
+    "those.",
     default="auto",
     choices=("auto", "mma", "wgmma", "simt"),
 )

@@ -35,13 +35,14 @@ class _Call:
         pointers: tuple[str, ...],
         maps: TensorMaps | None = None,
     ) -> None:
-        """Descriptors, if there are any, are those of the first pointers and come first in the block."""
+        """Descriptors, if there are any, are those of the first pointers, and follow one another in the block."""
         from cupy_backends.cuda.api import driver, runtime
 
         assert block.dtype.fields is not None
         self._block = block
         self._maps = maps
         self._offsets = [block.dtype.fields[name][1] for name in pointers]
+        self._maps_at = 0 if maps is None else block.dtype.fields[f"{pointers[0]}_map"][1]
         self._driver_launch = driver.launchKernel
         self._launches = []
         for plan in plans:
@@ -70,7 +71,7 @@ class _Call:
             write(pointer)
         if self._maps is not None:
             encoded = self._maps(pointers[: self._maps.count])
-            state[2][: len(encoded)] = encoded
+            state[2][self._maps_at : self._maps_at + len(encoded)] = encoded
         for launch in self._launches:
             self._driver_launch(*launch, stream, state[1], 0)
 
@@ -119,6 +120,22 @@ def _forward_maps(
             TensorMap(p.dtype, v_lengths, v[::-1], key_box),
         ]
     )
+
+
+def _backward_maps(problem: Problem, config: configs.BackwardWgmmaConfig, *strides: params.Strides) -> TensorMaps:
+    """Descriptors of d_out, q, k and v, (dim, row, head, batch): of the rows that see something, or are seen."""
+    p = problem
+    first_query, end_query = p.band.query_range(0, p.seqlen_k, p.seqlen_q)
+    first_key, end_key = p.band.key_range(0, p.seqlen_q, p.seqlen_k)
+    queries = first_query, end_query - first_query, p.num_heads, config.block_m
+    keys = first_key, end_key - first_key, p.num_heads_kv, config.block_n
+    maps = []
+    for dim, (first, rows, heads, block), stride in zip(
+        (p.head_dim_v, p.head_dim, p.head_dim, p.head_dim_v), (queries, queries, keys, keys), strides, strict=True
+    ):
+        by_axis = tuple(n * ITEMSIZE[p.dtype] for n in stride[::-1])
+        maps.append(TensorMap(p.dtype, (dim, rows, heads, p.batch), by_axis, (64, block, 1, 1), first * by_axis[0]))
+    return TensorMaps(maps)
 
 
 class ForwardCall:
@@ -196,16 +213,22 @@ class BackwardCall:
         assert layout is not None
         #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).
         self.workspace_bytes = layout.total
-        self._offsets = (layout.delta, layout.lse_log2, layout.dq_accum, layout.semaphore)
-        block = np.zeros(1, params.PARAMS["BackwardParams"])
+        self._offsets = (layout.delta, layout.lse_log2, layout.dq_accum, layout.semaphore, layout.next_tile)
+        # The kernels around the main one read the first part of its parameters.
+        main = self.plans[1].config
+        block = np.zeros(1, params.PARAMS[main.params])
         operands = {"d_out": d_out, "q": q, "k": k, "v": v, "out": out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
         for name, strides in operands.items():
             params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
         params.fill_shape(block, problem)
         block["rows"] = layout.rows
         block["scale"], block["scale_log2"] = problem.scale, problem.scale * params.LOG2_E
-        pointers = (*operands, "lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore")
-        self._call = _Call(self.plans, device_id, block, pointers)
+        maps = None
+        if isinstance(main, configs.BackwardWgmmaConfig):
+            block["order"] = dataclasses.astuple(self.plans[1].order)  # type: ignore[arg-type]
+            maps = _backward_maps(problem, main, d_out, q, k, v)
+        pointers = (*operands, "lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore", "next_tile")
+        self._call = _Call(self.plans, device_id, block, pointers, maps)
 
     def __call__(
         self,

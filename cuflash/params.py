@@ -28,47 +28,46 @@ _SHAPE = np.dtype(
     align=True,
 )  # fmt: skip
 _FORWARD = [*((name, _OPERAND) for name in ("q", "k", "v", "out")), ("lse", "u8"), ("shape", _SHAPE)]
+_BACKWARD = [
+    *((name, _OPERAND) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
+    *((name, "u8") for name in ("lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore", "next_tile")),
+    ("shape", _SHAPE),
+    ("rows", "i4"),
+    ("scale_log2", "f4"),
+    ("scale", "f8"),
+]
+_MAP = np.dtype("V128")
 _TILE_ORDER = np.dtype(
-    [(name, "i4") for name in ("num_tiles", "num_m_blocks", "num_heads", "section", "pack")], align=True
+    [(name, "i4") for name in ("num_tiles", "num_blocks", "num_heads", "section", "pack")], align=True
 )
 
 
-def _aligned(fields: list[tuple[str, Any]], alignment: int) -> np.dtype:
-    """A struct whose size is a multiple of more than its fields ask for."""
-    dtype = np.dtype(fields, align=True)
-    assert dtype.fields is not None
-    names = list(dtype.fields)
-    return np.dtype(
-        {
-            "names": names,
-            "formats": [dtype.fields[name][0] for name in names],
-            "offsets": [dtype.fields[name][1] for name in names],
-            "itemsize": -(-dtype.itemsize // alignment) * alignment,
-        }
-    )
+def _with_maps(fields: list[tuple[str, Any]]) -> np.dtype:
+    """A struct as C++ lays it out; descriptors, which NumPy knows only as bytes, lie on multiples of 64."""
+    offsets, end, largest = [], 0, 1
+    for _, format_ in fields:
+        dtype = np.dtype(format_)
+        alignment = 64 if dtype == _MAP else dtype.alignment
+        offsets.append(-(-end // alignment) * alignment)
+        end, largest = offsets[-1] + dtype.itemsize, max(largest, alignment)
+    names, formats = zip(*fields, strict=True)
+    size = -(-end // largest) * largest
+    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": size})
 
 
 PARAMS = {
     "ForwardParams": np.dtype([*_FORWARD, ("scale", "f8"), ("scale_log2", "f4"), ("score_sign", "f4")], align=True),
-    "ForwardWgmmaParams": _aligned(
+    "ForwardWgmmaParams": _with_maps(
         [
-            *((name, "V128") for name in ("q_map", "k_map", "v_map")),
+            *((name, _MAP) for name in ("q_map", "k_map", "v_map")),
             *_FORWARD,
             ("scale_log2", "f4"),
             ("order", _TILE_ORDER),
-        ],
-        64,
+        ]
     ),
-    "BackwardParams": np.dtype(
-        [
-            *((name, _OPERAND) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
-            *((name, "u8") for name in ("lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore")),
-            ("shape", _SHAPE),
-            ("rows", "i4"),
-            ("scale_log2", "f4"),
-            ("scale", "f8"),
-        ],
-        align=True,
+    "BackwardParams": np.dtype(_BACKWARD, align=True),
+    "BackwardWgmmaParams": _with_maps(
+        [*_BACKWARD, *((name, _MAP) for name in ("d_out_map", "q_map", "k_map", "v_map")), ("order", _TILE_ORDER)]
     ),
 }
 #: Stands for an open side of the band; lengths are limited so that sums with it stay inside 32 bits.

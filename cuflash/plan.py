@@ -7,6 +7,7 @@ the same bits alone and in company.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -58,6 +59,7 @@ class Workspace:
     lse_log2: int
     dq_accum: int
     semaphore: int
+    next_tile: int
     total: int
     delta: int = 0
 
@@ -67,7 +69,7 @@ class Workspace:
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
-        sizes = (heads * rows * itemsize,) * 2 + (heads * rows * dq_columns * 4, tiles * semaphores * 4)
+        sizes = (heads * rows * itemsize,) * 2 + (heads * rows * dq_columns * 4, tiles * semaphores * 4, 4)
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
@@ -76,59 +78,76 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class TileOrder:
-    """How blocks that take tiles of queries one after the other number them: ``TileOrder`` of ``params.cuh``."""
+    """How blocks that take tiles one after the other number them: ``TileOrder`` of ``params.cuh``."""
 
     num_tiles: int
-    num_m_blocks: int
+    num_blocks: int
     num_heads: int
     section: int
-    pack: int
-
-    @classmethod
-    def of(cls, problem: Problem, config: configs.ForwardWgmmaConfig, pack: int, grid: int) -> TileOrder:
-        """Tiles of a head each, or of the `pack` query heads that share keys, for `grid` blocks."""
-        p = problem
-        rows = config.block_m // pack
-        num_m_blocks, num_heads = ceil_div(p.seqlen_q, rows), p.num_heads // pack
-        group, heads = max(p.group_size // pack, 1), p.batch * num_heads
-        if p.band.is_open or num_m_blocks <= 1 or heads == 0:
-            section = group  # the heads that share keys and values, then the next ones
-        else:
-            work = _key_blocks(p, rows, num_m_blocks, config.block_n)
-            section = _section(p, work, heads, group, grid)
-        return cls(num_m_blocks * heads, num_m_blocks, num_heads, section, pack)
+    pack: int = 1
 
 
-#: What a tile costs beside its key blocks, in key blocks.
+#: What a tile costs beside its blocks, in blocks.
 _TILE_COST = 0.75
-#: Bytes of keys and values that stay in the level-2 cache of an H100 (50 MB) or H200.
+#: Bytes that stay in the level-2 cache of an H100 (50 MB) or H200.
 _CACHE_BYTES = 40 << 20
+#: Bytes of the heads that the backward works on together.
+_SECTION_BYTES = 12 << 20
+#: Steps of a tile of keys up to which it counts that the next keys arrive meanwhile.
+_FEW_STEPS = 8
 #: Tiles that are enough to see how evenly an order spreads them.
 _MAX_SIMULATED = 1 << 15
 
 
-def _key_blocks(problem: Problem, rows: int, num_m_blocks: int, block_n: int) -> np.ndarray:
-    """Key blocks that each tile of `rows` queries visits; ``block_range.cuh`` is the other side."""
+def _forward_order(problem: Problem, config: configs.ForwardWgmmaConfig, pack: int, grid: int) -> TileOrder:
+    """Tiles of queries of a head each, or of the `pack` query heads that share keys, for `grid` blocks."""
     p = problem
-    starts = range(0, num_m_blocks * rows, rows)
-    ranges = (p.band.key_range(start, min(start + rows, p.seqlen_q), p.seqlen_k) for start in starts)
-    return np.array([ceil_div(end, block_n) - begin // block_n for begin, end in ranges])
+    rows = config.block_m // pack
+    num_blocks, num_heads = ceil_div(p.seqlen_q, rows), p.num_heads // pack
+    group = max(p.group_size // pack, 1)  # the heads that share keys and values, then the next ones
+    work = None
+    if not p.band.is_open:
+        starts = range(0, num_blocks * rows, rows)
+        ranges = (p.band.key_range(start, min(start + rows, p.seqlen_q), p.seqlen_k) for start in starts)
+        work = _blocks(ranges, config.block_n)
+    head_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * ITEMSIZE[p.dtype] // group
+    section = _section(p, work, p.batch * num_heads, group, head_bytes, grid)
+    return TileOrder(p.batch * num_heads * num_blocks, num_blocks, num_heads, section, pack)
 
 
-def _section(problem: Problem, work: np.ndarray, heads: int, group: int, grid: int) -> int:
-    """Heads per section: few, so that their keys stay in the cache, but so that all blocks get the same work.
+def _backward_order(problem: Problem, config: configs.BackwardWgmmaConfig) -> TileOrder:
+    """Tiles of keys of a key/value head each, counted from the last: causal masks leave it the least work."""
+    p = problem
+    num_blocks = ceil_div(p.seqlen_k, config.block_n)
+    # Each block takes the next tile when it is done with its last one. So the more heads a section has the more of the
+    # heavy tiles come before the light ones, and the fewer blocks wait for each other in a fixed order; but it should
+    # stay in the cache.
+    row_bytes = (p.head_dim + p.head_dim_v) * ITEMSIZE[p.dtype] + config.dq_columns * 4
+    all_alike = p.band.is_open and not config.deterministic
+    section = 1 if all_alike else max(_SECTION_BYTES // (p.group_size * p.seqlen_q * row_bytes + 1), 1)
+    num_heads = p.batch * p.num_heads_kv
+    return TileOrder(num_heads * num_blocks, num_blocks, p.num_heads_kv, min(section, max(num_heads, 1)))
 
-    Blocks take tiles in turn, forwards and backwards (``tile_order.cuh``), and tiles of a head differ in work.
+
+def _blocks(ranges: Iterable[tuple[int, int]], size: int) -> np.ndarray:
+    """Blocks of `size` that ranges touch; ``block_range.cuh`` is the other side."""
+    return np.array([ceil_div(end, size) - begin // size for begin, end in ranges], dtype=np.int64)
+
+
+def _section(problem: Problem, work: np.ndarray | None, heads: int, group: int, head_bytes: int, grid: int) -> int:
+    """Heads per section: few, so that their bytes stay in the cache, but so that all blocks get the same work.
+
+    Blocks take tiles in turn, forwards and backwards (``tile_order.cuh``), and tiles of a head may differ in `work`.
     Whether that evens out depends on how the numbers of tiles and of blocks divide: it is tried.
     """
-    p = problem
+    if work is None or len(work) <= 1 or heads == 0:
+        return group
     heads = min(heads, max(_MAX_SIMULATED // len(work), 1))
     choices = [group * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if group * n < heads] + [heads]
     costs = {section: _makespan(work + _TILE_COST, heads, section, grid) for section in choices}
-    head_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * ITEMSIZE[p.dtype] // group
     cached = {section: cost for section, cost in costs.items() if section * head_bytes <= _CACHE_BYTES}
     # Wide heads need more bytes for their work than memory delivers besides, narrow ones less.
-    patience = 1.05 if p.head_dim > 64 else 1.01
+    patience = 1.05 if problem.head_dim > 64 else 1.01
     if cached and min(cached.values()) <= patience * min(costs.values()):
         costs = cached
     return next(section for section, cost in costs.items() if cost <= 1.01 * min(costs.values()))
@@ -212,12 +231,19 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
     if fits and (family == "wgmma" or (family == "auto" and p.vectorized)):
         return _plan_forward_wgmma(mma, head_dim, head_dim_v, p, device)
     if family == "wgmma":
-        why = "strides that no TMA descriptor holds" if configs.has_wgmma(mma, device.arch) else f"sm_{device.arch}"
-        raise ValueError(
-            f"CUFLASH_KERNEL: got wgmma for {p.dtype} on {why}, which no such kernel computes; wanted auto, mma or simt"
-        )
+        raise _no_wgmma(p, device, configs.has_wgmma(mma, device.arch))
     config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized)
     return Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
+
+
+def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
+    p = problem
+    why = f"sm_{device.arch}"
+    if exists:
+        why = "rows that do not start on 16 bytes" if p.mappable else "strides that no TMA descriptor holds"
+    return ValueError(
+        f"CUFLASH_KERNEL: got wgmma for {p.dtype} on {why}, which no such kernel computes; wanted auto, mma or simt"
+    )
 
 
 def _plan_forward_wgmma(mma: str, head_dim: int, head_dim_v: int, problem: Problem, device: DeviceInfo) -> Plan:
@@ -249,7 +275,7 @@ def _pack(problem: Problem, block_m: int) -> int:
 
 def wgmma_plan(config: configs.ForwardWgmmaConfig, problem: Problem, device: DeviceInfo, pack: int = 1) -> Plan:
     """The launch of a Hopper configuration: a block per multiprocessor, or per tile if there are fewer."""
-    order = TileOrder.of(problem, config, pack, device.num_sms)
+    order = _forward_order(problem, config, pack, device.num_sms)
     return Plan(config, min(order.num_tiles, device.num_sms), order=order)
 
 
@@ -260,8 +286,15 @@ def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") ->
         return _plan_backward_simt(problem)
     mma, head_dim, head_dim_v = choice
     p = problem
+    has_wgmma = configs.has_wgmma(mma, device.arch)
+    if has_wgmma and p.mappable and p.vectorized and family != "mma":
+        rows = configs.backward_wgmma_configs(mma, head_dim, head_dim_v, p.deterministic)
+        is_short = ceil_div(p.seqlen_q, rows[0].block_m) * p.group_size <= _FEW_STEPS
+        return plans_around(rows[-1 if is_short else 0], p, device)
+    if family == "wgmma":
+        raise _no_wgmma(p, device, has_wgmma)
     main = configs.backward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, p.deterministic)
-    return plans_around(main, problem)
+    return plans_around(main, p, device)
 
 
 def _plan_backward_simt(problem: Problem) -> tuple[Plan, ...]:
@@ -277,14 +310,17 @@ def _plan_backward_simt(problem: Problem) -> tuple[Plan, ...]:
     )
 
 
-def plans_around(main: configs.BackwardMmaConfig, problem: Problem) -> tuple[Plan, ...]:
-    """Preprocess and convert kernels that fit a main kernel, and their grids."""
+def plans_around(
+    main: configs.BackwardMmaConfig | configs.BackwardWgmmaConfig, problem: Problem, device: DeviceInfo
+) -> tuple[Plan, ...]:
+    """The launch of a main kernel, and of the preprocess and convert kernels that fit it."""
     p = problem
     preprocess, convert = configs.backward_companions(main)
-    workspace = Workspace.of(p, main.block_m, 4, main.head_dim, preprocess.semaphores)
+    workspace = Workspace.of(p, main.block_m, 4, main.dq_columns, preprocess.semaphores)
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
-    return (
-        Plan(preprocess, tiles, workspace),
-        Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace),
-        Plan(convert, tiles, workspace),
-    )
+    if isinstance(main, configs.BackwardWgmmaConfig):
+        order = _backward_order(p, main)
+        middle = Plan(main, min(order.num_tiles, device.num_sms), workspace, order)
+    else:
+        middle = Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)
+    return Plan(preprocess, tiles, workspace), middle, Plan(convert, tiles, workspace)

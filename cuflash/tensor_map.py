@@ -40,10 +40,15 @@ class TensorMap:
         Bytes from one element to the next along each axis but the innermost, whose elements are neighbours.
     box : sequence of int
         Elements that one instruction copies along each axis, into rows of 128 bytes with their 16-byte pieces swizzled.
+    offset : int
+        Bytes from the operand's address to the first element that is described.
     """
 
-    def __init__(self, dtype: str, lengths: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> None:
+    def __init__(
+        self, dtype: str, lengths: Sequence[int], strides: Sequence[int], box: Sequence[int], offset: int = 0
+    ) -> None:
         rank = len(lengths)
+        self._offset = offset
         self._before = (ctypes.c_int(_DATA_TYPES[dtype]), ctypes.c_uint32(rank))
         self._after = (
             (ctypes.c_uint64 * rank)(*(max(length, 1) for length in lengths)),  # the driver accepts no empty axis
@@ -60,7 +65,8 @@ class TensorMap:
         # interpreter's lock. It wants 64-byte alignment.
         memory = ctypes.create_string_buffer(_BYTES + 64)
         address = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
-        error = _encode_function()(ctypes.c_void_p(address), *self._before, ctypes.c_void_p(pointer), *self._after)
+        first = ctypes.c_void_p(pointer + self._offset)
+        error = _encode_function()(ctypes.c_void_p(address), *self._before, first, *self._after)
         if error:
             raise RuntimeError(f"cuTensorMapEncodeTiled failed with CUresult {error}: {self._what}, address {pointer}")
         return ctypes.string_at(address, _BYTES)

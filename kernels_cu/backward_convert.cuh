@@ -3,7 +3,7 @@
 // What    one query tile of the main kernel per thread block: [block_m, head_dim].
 // Blocks  grid.x = m_blocks * num_heads * batch.
 // Who     each warp takes what the warp of the same number in the main kernel has added, so that a lane finds
-//         its accumulators again; rows are put together in shared memory.
+//         its accumulators again; rows are put together in shared memory. They may come as columns (transposed).
 #pragma once
 #include "attention/config.cuh"
 #include "attention/dq_accum.cuh"
@@ -19,14 +19,19 @@ struct BackwardConvertTiles {
 template <BackwardConvertConfig cfg>
 CUFLASH_DEVICE void backward_convert(BackwardParams const& params, u32 smem) {
     using TileDQ = typename BackwardConvertTiles<cfg>::dQ;
-    using Accum = DqAccum<cfg.block_m, cfg.head_dim, cfg.num_warps, cfg.dq_warps_m, cfg.reduce_width>;
+    constexpr int kRows = cfg.transposed ? 16 * cfg.num_warps : cfg.block_m;
+    constexpr int kCols = cfg.transposed ? cfg.block_m : cfg.head_dim;
+    static_assert(!cfg.transposed || cfg.dq_warps_m == cfg.num_warps, "transposed, every warp holds 16 columns of d_q");
+    using Accum = DqAccum<kRows, kCols, cfg.num_warps, cfg.dq_warps_m, cfg.reduce_width>;
 
     // ---- coordinates ----
     Shape const& shape = params.shape;
     int const num_m_blocks = params.rows / cfg.block_m;
-    int const m_block = blockIdx.x % num_m_blocks;
-    int const head = blockIdx.x / num_m_blocks % shape.num_heads;
-    int const batch = blockIdx.x / num_m_blocks / shape.num_heads;
+    // From the last tile to the first: sums of the last ones are still in the cache.
+    int const tile = gridDim.x - 1 - blockIdx.x;
+    int const m_block = tile % num_m_blocks;
+    int const head = tile / num_m_blocks % shape.num_heads;
+    int const batch = tile / num_m_blocks / shape.num_heads;
     int const thread = threadIdx.x;
     int const lane = thread % 32;
     int const warp = thread / 32;
@@ -34,7 +39,7 @@ CUFLASH_DEVICE void backward_convert(BackwardParams const& params, u32 smem) {
 
     // ---- load ----
     float const* const source =
-        reinterpret_cast<float const*>(params.dq_accum) + static_cast<i64>(blockIdx.x) * Accum::kElems +
+        reinterpret_cast<float const*>(params.dq_accum) + static_cast<i64>(tile) * Accum::kElems +
         Accum::lane_offset(warp, lane);
     float const scale = static_cast<float>(params.scale);
 #pragma unroll
@@ -57,8 +62,12 @@ CUFLASH_DEVICE void backward_convert(BackwardParams const& params, u32 smem) {
                                                        Accum::offset(m, n + j, i / cfg.reduce_width));
                 }
             }
-            acc_to_smem<cfg.mma, TileDQ>(smem, block, Accum::row(warp) + 16 * cfg.dq_warps_m * m, lane,
-                                         Accum::col(warp) + 8 * Accum::kWarpsN * n);
+            if constexpr (cfg.transposed) {
+                if (Accum::row(warp) < TileDQ::kCols) acc_to_smem_trans<cfg.mma, TileDQ>(smem, block[0], 8 * n, Accum::row(warp), lane);
+            } else {
+                acc_to_smem<cfg.mma, TileDQ>(smem, block, Accum::row(warp) + 16 * cfg.dq_warps_m * m, lane,
+                                             Accum::col(warp) + 8 * Accum::kWarpsN * n);
+            }
         }
     __syncthreads();
 

@@ -57,6 +57,8 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     static_assert(kPairs <= 14, "every pair has a barrier of its own");
     static_assert(cfg.block_m % 16 == 0, "query rows are consumed 16 at a time");
     static_assert(cfg.num_stages == 1 || cfg.num_stages == 2, "dS of a tile lives until the next one");
+    static_assert((cfg.dq_warps_m & (cfg.dq_warps_m - 1)) == 0 && (cfg.num_warps & (cfg.num_warps - 1)) == 0,
+                  "a warp's blocks of dQ are found by XOR on the swizzled address");
     using Tiles = BackwardMmaTiles<cfg>;
     using TileK = typename Tiles::K;
     using TileV = typename Tiles::V;

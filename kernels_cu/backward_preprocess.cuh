@@ -55,13 +55,15 @@ CUFLASH_DEVICE void backward_preprocess(BackwardParams const& params, u32 /*smem
     // ---- coordinates ----
     Shape const& shape = params.shape;
     int const num_m_blocks = params.rows / cfg.block_m;
-    int const m_block = blockIdx.x % num_m_blocks;
-    int const head = blockIdx.x / num_m_blocks % shape.num_heads;
-    int const batch = blockIdx.x / num_m_blocks / shape.num_heads;
+    // From the last tile to the first: the main kernel begins with the first ones, which are then in the cache.
+    int const tile_index = gridDim.x - 1 - blockIdx.x;
+    int const m_block = tile_index % num_m_blocks;
+    int const head = tile_index / num_m_blocks % shape.num_heads;
+    int const batch = tile_index / num_m_blocks / shape.num_heads;
     int const thread = threadIdx.x;
     int const q_begin = m_block * cfg.block_m;
     int const v_bytes = shape.head_dim_v * kElemBytes;
-    i64 const tile = blockIdx.x;
+    i64 const tile = tile_index;
 
     // ---- rows ----
 #pragma unroll
@@ -100,8 +102,9 @@ CUFLASH_DEVICE void backward_preprocess(BackwardParams const& params, u32 /*smem
     }
 
     // ---- zeros ----
-    constexpr int kAccumChunks = cfg.block_m * cfg.head_dim / 4;
+    constexpr int kAccumChunks = cfg.block_m * cfg.dq_columns / 4;
     uint4* const dq_accum = reinterpret_cast<uint4*>(params.dq_accum) + tile * kAccumChunks;
     for (int i = thread; i < kAccumChunks; i += kThreads) dq_accum[i] = uint4{0, 0, 0, 0};
+    if (tile == 0 && thread == 0) *reinterpret_cast<int*>(params.next_tile) = 0;
     if (thread < cfg.semaphores) reinterpret_cast<int*>(params.semaphore)[tile * cfg.semaphores + thread] = 0;
 }

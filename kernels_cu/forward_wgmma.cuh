@@ -166,7 +166,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             int const index = tile_of_round(order, round);
             bool const end = index >= order.num_tiles;
             TileCoordinates const at = tile_coordinates(order, end ? 0 : index);
-            int const q_begin = at.m_block * rows_per_tile;
+            int const q_begin = at.block * rows_per_tile;
             int const q_end = min(shape.seqlen_q, q_begin + rows_per_tile);
             BlockRange const range = key_blocks(shape, q_begin, q_end, cfg.block_n);
 
@@ -352,9 +352,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 int const row = warp_row + lane / 4 + 8 * h;
-                int const q_idx = at.m_block * rows_per_tile + query_in_tile(row);
+                int const q_idx = at.block * rows_per_tile + query_in_tile(row);
                 int const head = at.head * order.pack + (order.pack == 1 ? 0 : row % order.pack);
-                bool const valid = q_idx < min(shape.seqlen_q, (at.m_block + 1) * rows_per_tile);
+                bool const valid = q_idx < min(shape.seqlen_q, (at.block + 1) * rows_per_tile);
                 if (params.lse != nullptr && lane % 4 == 0 && valid) {
                     i64 const place = (static_cast<i64>(at.batch) * shape.num_heads + head) * shape.seqlen_q + q_idx;
                     reinterpret_cast<float*>(params.lse)[place] = softmax.lse(h);

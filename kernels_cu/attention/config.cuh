@@ -50,11 +50,33 @@ struct BackwardMmaConfig {
     constexpr int threads() const { return 32 * num_warps; }
 };
 
+struct BackwardWgmmaConfig {
+    Mma mma;
+    Copy copy;           // kTma
+    int head_dim;        // these two padded to a multiple of 32
+    int head_dim_v;
+    int block_m;         // query rows of one step
+    int block_n;         // keys of a tile
+    int kv_stages;       // tiles of keys here or in flight
+    int num_stages;      // query tiles in flight
+    bool overlap;        // S of a step runs beside dK of the one before
+    bool deterministic;  // d_q is summed in a fixed order
+
+    // Two warpgroups share the work on 64 keys by what they compute; on more, each has 64 keys of its own.
+    constexpr bool by_role() const { return block_n == 64; }
+    constexpr int consumers() const { return by_role() ? 2 : block_n / 64; }
+    constexpr int threads() const { return 128 * (consumers() + 1); }
+    // Warpgroups share a d_q tile by 64 rows if that makes all of it, else by 64 columns, transposed.
+    constexpr bool dq_transposed() const { return by_role() || block_m != 64 * consumers(); }
+    constexpr int dq_warps() const { return dq_transposed() ? (head_dim + 63) / 64 * 4 : 4 * consumers(); }
+    constexpr int dq_columns() const { return dq_transposed() ? 16 * dq_warps() : head_dim; }
+};
+
 // block_m of the main kernel, as every layout of the workspace depends on it.
 struct BackwardPreprocessConfig {
     Mma mma;  // only the element type matters
     Copy copy;
-    int head_dim;
+    int dq_columns;  // floats per row of dq_accum
     int head_dim_v;
     int block_m;
     int num_warps;
@@ -71,6 +93,7 @@ struct BackwardConvertConfig {
     int num_warps;
     int dq_warps_m;
     int reduce_width;
+    bool transposed;   // warps hold columns of d_q as rows
 
     constexpr int threads() const { return 32 * num_warps; }
 };

@@ -14,8 +14,6 @@ struct DqAccum {
     static constexpr int kElems = kBlockM * kHeadDim;
     static_assert(kNumWarps % kWarpsM == 0 && kBlockM % (16 * kWarpsM) == 0 && kHeadDim % (16 * kWarpsN) == 0,
                   "every warp must own 16 x 16 blocks of d_q");
-    static_assert((kWarpsM & (kWarpsM - 1)) == 0 && (kWarpsN & (kWarpsN - 1)) == 0,
-                  "a warp's blocks are found by XOR on the swizzled address");
 
     // First row and column of the warp; its blocks of 16 x 16 are kWarpsM * 16 rows, kWarpsN * 16 columns apart.
     CUFLASH_DEVICE static int row(int warp) { return warp % kWarpsM * 16; }

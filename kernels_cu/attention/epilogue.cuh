@@ -1,6 +1,7 @@
 // Leaving the kernel: accumulators to memory, by way of the warp's own rows in shared memory, so that
 // global memory sees whole 16-byte pieces.
 #pragma once
+#include "../ptx/stmatrix.cuh"
 #include "../tile/copy.cuh"
 #include "../tile/fragment.cuh"
 
@@ -24,6 +25,16 @@ CUFLASH_DEVICE void acc_to_smem(u32 smem, float const (&acc)[kM][kN][4], int row
                     st_shared_v2(address, __float_as_uint(x), __float_as_uint(y));
                 }
             }
+}
+
+// The transpose of 16 x 16 accumulators, at row `row` and column `col` (multiples of 16) of a shared tile.
+template <Mma kMma, class Tile>
+CUFLASH_DEVICE void acc_to_smem_trans(u32 smem, float const (&acc)[2][4], int row, int col, int lane) {
+    static_assert(Tile::kElemBytes == 2, "matrices are transposed as 16-bit elements");
+    FragmentA<kMma> words;
+    acc_to_a(words, acc, 0);
+    // Matrices in order: rows 0-7 and columns 0-7 of the target, its columns 8-15, then the same of its rows 8-15.
+    stmatrix_x4_trans(smem + Tile::offset(row + lane % 8 + lane / 16 * 8, col / 8 + lane / 8 % 2), words.x);
 }
 
 // One row of a warp's accumulators (row g if h is 0, g + 8 if it is 1) straight to memory; `target` is this lane's row.

@@ -37,12 +37,12 @@ struct ForwardParams {
     float score_sign;    // sign of scale
 };
 
-// How tiles of queries are numbered, and which rows they have.
+// How tiles are numbered, and which rows they have.
 struct TileOrder {
     i32 num_tiles;     // in all
-    i32 num_m_blocks;  // per head
-    i32 num_heads;     // heads with tiles of their own: key/value heads where their query heads are packed
-    i32 section;       // heads (of all batches) that are worked on together, so that their keys and values stay in L2
+    i32 num_blocks;    // per head
+    i32 num_heads;     // heads with tiles of their own: key/value heads in the backward, and where query heads are packed
+    i32 section;       // heads (of all batches) that are worked on together, so that what they read stays in L2
     i32 pack;          // query heads that share a tile: row r is query r / pack of head r % pack
 };
 
@@ -63,8 +63,15 @@ struct BackwardParams {
     char* lse_log2;   // float workspace of the same shape: lse * log2(e), +inf where P must be 0
     char* dq_accum;   // float workspace (batch, num_heads, rows, padded head_dim), see dq_accum.cuh
     char* semaphore;  // int workspace (batch, num_heads, m_blocks, warps), only if deterministic
+    char* next_tile;  // int workspace: the first tile that no thread block has taken yet
     Shape shape;
     i32 rows;          // seqlen_q rounded up to block_m of the main kernel
     float scale_log2;  // scale * log2(e), with its sign
     double scale;
+};
+
+// The first part is what the kernels before and after the main one read.
+struct BackwardWgmmaParams : BackwardParams {
+    TensorMap d_out_map, q_map, k_map, v_map;  // of what somebody sees; see backward_wgmma.cuh
+    TileOrder order;                           // of tiles of keys
 };

@@ -1,10 +1,10 @@
-// In which order blocks take tiles of queries (cuflash/plan.py: TileOrder).
+// In which order thread blocks take tiles of queries or of keys (cuflash/plan.py: TileOrder).
 #pragma once
 #include "params.cuh"
 
 struct TileCoordinates {
-    int m_block;
-    int head;  // counted as in TileOrder::num_heads
+    int block;  // of queries or of keys
+    int head;   // counted as in TileOrder::num_heads
     int batch;
 };
 
@@ -15,14 +15,14 @@ CUFLASH_DEVICE int tile_of_round(TileOrder const& order, int round) {
     return round * gridDim.x + place;
 }
 
-// Section by section of heads; in a section from the last queries (with a causal mask they see the most keys) to
-// the first, and all heads of the section for each.
+// Section by section of heads; in a section from the last block (of queries: with a causal mask these see the most keys)
+// to the first, and all heads of the section for each.
 CUFLASH_DEVICE TileCoordinates tile_coordinates(TileOrder const& order, int index) {
-    int const tiles_per_section = order.section * order.num_m_blocks;
+    int const tiles_per_section = order.section * order.num_blocks;
     int const section = index / tiles_per_section;
     int const first_head = section * order.section;
-    int const heads = min(order.section, order.num_tiles / order.num_m_blocks - first_head);
+    int const heads = min(order.section, order.num_tiles / order.num_blocks - first_head);
     int const rest = index - section * tiles_per_section;
     int const head = first_head + rest % heads;
-    return TileCoordinates{order.num_m_blocks - 1 - rest / heads, head % order.num_heads, head / order.num_heads};
+    return TileCoordinates{order.num_blocks - 1 - rest / heads, head % order.num_heads, head / order.num_heads};
 }

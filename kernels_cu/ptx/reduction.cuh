@@ -17,6 +17,13 @@ CUFLASH_DEVICE void reduce_add(float* gmem, float const* x) {
     }
 }
 
+// The number before the addition.
+CUFLASH_DEVICE int fetch_add(int* gmem, int x) {
+    int before;
+    asm volatile("atom.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(gmem), "r"(x) : "memory");
+    return before;
+}
+
 // Everything before `store_release` is visible to whoever reads its value by `load_acquire`.
 CUFLASH_DEVICE int load_acquire(int const* gmem) {
     int value;

@@ -30,5 +30,12 @@ CUFLASH_DEVICE void tma_load_5d(u32 smem, TensorMap const& map, u32 barrier, int
         : "memory");
 }
 
+// Neighbouring bytes, a multiple of 16 on a multiple of 16.
+CUFLASH_DEVICE void bulk_load(u32 smem, char const* gmem, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),
+                 "l"(gmem), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // Makes what this thread stored to shared memory visible to the engine and to wgmma, once a barrier follows.
 CUFLASH_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -27,6 +27,14 @@ CUFLASH_DEVICE void warpgroup_pin(float (&d)[kTiles][4]) {
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
 }
 
+// 64 bits of which the upper half is a constant.
+template <u32 kHigh>
+CUFLASH_DEVICE u64 join_words(u32 low) {
+    u64 joined;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(joined) : "r"(low), "n"(kHigh));
+    return joined;
+}
+
 // Registers per thread of this warpgroup from here on, a multiple of 8: given back, or taken from what others gave.
 template <int kRegisters>
 CUFLASH_DEVICE void warpgroup_release_registers() {

@@ -26,18 +26,14 @@ struct MatrixDescriptor {
     CUFLASH_DEVICE u64 along_rows(int k) const { return at((k % 4) * 2 + (k / 4) * (Tile::kSlabStride / 16)); }
     CUFLASH_DEVICE u64 across_rows(int k) const { return at(k * (16 * 128 / 16)); }
 
-    CUFLASH_DEVICE u64 at(u32 offset) const {
-        u64 descriptor;
-        asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low + offset), "n"(kHigh));
-        return descriptor;
-    }
+    CUFLASH_DEVICE u64 at(u32 offset) const { return join_words<kHigh>(low + offset); }
 };
 
-// acc = A B^T for 64 rows of A from `a` on, and all rows of B.
-template <Mma kMma, class TileA, class TileB, int kSteps, int kN>
+// acc = A B^T or, if kAdd, acc += A B^T, for 64 rows of A from `a` on, and all rows of B.
+template <Mma kMma, class TileA, class TileB, int kSteps, bool kAdd = false, int kN>
 CUFLASH_DEVICE void warpgroup_gemm_nt(float (&acc)[kN][4], MatrixDescriptor<TileA> a, MatrixDescriptor<TileB> b) {
     constexpr bool kBF16 = kMma == Mma::kBF16;
-    wgmma_ss<kBF16, false, false, false>(acc, a.along_rows(0), b.along_rows(0));
+    wgmma_ss<kBF16, kAdd, false, false>(acc, a.along_rows(0), b.along_rows(0));
 #pragma unroll
     for (int k = 1; k < kSteps; ++k)
         wgmma_ss<kBF16, true, false, false>(acc, a.along_rows(k), b.along_rows(k));
@@ -49,4 +45,22 @@ CUFLASH_DEVICE void warpgroup_gemm_nn(float (&acc)[kN][4], FragmentA<kMma> const
 #pragma unroll
     for (int k = 0; k < kSteps; ++k)
         wgmma_rs<kMma == Mma::kBF16, true, true>(acc, a[k].x, b.across_rows(k));
+}
+
+// acc = A B for 64 rows of A from `a` on.
+template <Mma kMma, class TileA, class TileB, int kSteps, int kN>
+CUFLASH_DEVICE void warpgroup_gemm_nn(float (&acc)[kN][4], MatrixDescriptor<TileA> a, MatrixDescriptor<TileB> b) {
+    constexpr bool kBF16 = kMma == Mma::kBF16;
+    wgmma_ss<kBF16, false, false, true>(acc, a.along_rows(0), b.across_rows(0));
+#pragma unroll
+    for (int k = 1; k < kSteps; ++k) wgmma_ss<kBF16, true, false, true>(acc, a.along_rows(k), b.across_rows(k));
+}
+
+// acc = A^T B^T for 64 columns of A, a slab from `a` on, and all rows of B.
+template <Mma kMma, class TileA, class TileB, int kSteps, int kN>
+CUFLASH_DEVICE void warpgroup_gemm_tt(float (&acc)[kN][4], MatrixDescriptor<TileA> a, MatrixDescriptor<TileB> b) {
+    constexpr bool kBF16 = kMma == Mma::kBF16;
+    wgmma_ss<kBF16, false, true, false>(acc, a.across_rows(0), b.along_rows(0));
+#pragma unroll
+    for (int k = 1; k < kSteps; ++k) wgmma_ss<kBF16, true, true, false>(acc, a.across_rows(k), b.along_rows(k));
 }

@@ -130,16 +130,25 @@ def test_a_kernel_family_can_be_asked_for(arch: int) -> None:
     for plan in (plan_forward(problem, device, "simt"), *plan_backward(problem, device, "simt")):
         assert plan.config.is_simt
     assert plan_forward(problem, device, "mma").kernel == "forward_mma"
+    assert plan_backward(problem, device, "mma")[1].kernel == "backward_mma"
     if arch == 90:
         assert plan_forward(problem, device, "wgmma") == plan_forward(problem, device)
         assert plan_forward(problem, device).kernel == "forward_wgmma"
-        # A stride that no TMA descriptor holds is left to the portable kernels.
-        assert plan_forward(replace(problem, mappable=False), device).kernel == "forward_mma"
+        assert plan_backward(problem, device, "wgmma") == plan_backward(problem, device)
+        assert plan_backward(problem, device)[1].kernel == "backward_wgmma"
+        # Strides that no TMA descriptor holds are left to the portable kernels; in the backward unaligned rows, too.
+        beyond = replace(problem, mappable=False), replace(problem, vectorized=False)
+        assert plan_forward(beyond[0], device).kernel == "forward_mma"
+        assert all(plan_backward(other, device)[1].kernel == "backward_mma" for other in beyond)
+        for other, why in zip(beyond, ("strides that no TMA descriptor", "rows that do not start"), strict=True):
+            with pytest.raises(ValueError, match=f"CUFLASH_KERNEL: got wgmma for float16 on {why}"):
+                plan_backward(other, device, "wgmma")
     else:
         assert plan_forward(problem, device, "mma") == plan_forward(problem, device)
-        with pytest.raises(ValueError, match=f"CUFLASH_KERNEL: got wgmma for float16 on sm_{arch}"):
-            plan_forward(problem, device, "wgmma")
-    assert plan_backward(problem, device, "mma") == plan_backward(problem, device)
+        assert plan_backward(problem, device, "mma") == plan_backward(problem, device)
+        for plan_any in (plan_forward, plan_backward):
+            with pytest.raises(ValueError, match=f"CUFLASH_KERNEL: got wgmma for float16 on sm_{arch}"):
+                plan_any(problem, device, "wgmma")
     for other in (PROBLEMS["float64 d64"], replace(problem, head_dim=257), replace(problem, head_dim_v=257)):
         assert plan_forward(other, device).config.is_simt
         for plan_any in (plan_forward, plan_backward):
@@ -194,11 +203,12 @@ def test_blocks_get_equal_work(
     assert plan.order is not None
     config, order = plan.config, plan.order
     assert isinstance(config, configs.ForwardWgmmaConfig)
-    assert order.num_tiles == order.num_m_blocks * order.num_heads * batch
-    work = planning._key_blocks(problem, config.block_m, order.num_m_blocks, config.block_n) + planning._TILE_COST
-    for m_block, visited in enumerate(work - planning._TILE_COST):
-        first, end = band.key_range(m_block * config.block_m, min((m_block + 1) * config.block_m, seqlen_q), seqlen_k)
-        assert visited == (-(-end // config.block_n) - first // config.block_n if first < end else 0)
+    assert order.num_tiles == order.num_blocks * order.num_heads * batch
+    ranges = (
+        band.key_range(m_block * config.block_m, min((m_block + 1) * config.block_m, seqlen_q), seqlen_k)
+        for m_block in range(order.num_blocks)
+    )
+    work = planning._blocks(ranges, config.block_n) + planning._TILE_COST
     makespan = planning._makespan(work, batch * heads, order.section, plan.grid)
     ideal = work.sum() * batch * heads / plan.grid
     assert makespan <= 1.1 * ideal + 2 * work.max()

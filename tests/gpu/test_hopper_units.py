@@ -159,6 +159,10 @@ CUFLASH_DEVICE void product_ss(float* d, char const* a, char const* b, u32 smem)
     warpgroup_arrive();
     if constexpr (!kTransA && !kTransB) {
         warpgroup_gemm_nt<kMma, A, B, kK / 16>(acc[0], a_rows, b_rows);
+    } else if constexpr (!kTransA && kTransB) {
+        warpgroup_gemm_nn<kMma, A, B, kK / 16>(acc[0], a_rows, b_rows);
+    } else if constexpr (kTransA && !kTransB) {
+        warpgroup_gemm_tt<kMma, A, B, kK / 16>(acc[0], a_rows, b_rows);
     } else {
 #pragma unroll
         for (int k = 0; k < kK / 16; ++k)
@@ -330,7 +334,7 @@ define(
     ],
 )
 
-each_layout = pytest.mark.parametrize("layout", ["bhsd", "bshd", "repeated batch", "repeated heads"])
+each_layout = pytest.mark.parametrize("layout", ["bhsd", "bshd", "repeated batch", "repeated heads", "repeated rows"])
 
 
 def strided(batch: int, heads: int, seqlen: int, dim: int, layout: str) -> Any:
@@ -339,6 +343,7 @@ def strided(batch: int, heads: int, seqlen: int, dim: int, layout: str) -> Any:
         "bshd": (batch, seqlen, heads, dim),
         "repeated batch": (1, heads, seqlen, dim),
         "repeated heads": (batch, 1, seqlen, dim),
+        "repeated rows": (batch, heads, 1, dim),
     }.get(layout, (batch, heads, seqlen, dim))
     memory = cupy.asarray((1 + np.arange(np.prod(shape)) % 65521).astype(np.uint16).reshape(shape))
     if layout == "bshd":
@@ -364,19 +369,19 @@ def loaded_tile(
 @each_layout
 @pytest.mark.parametrize("dim", [40, 64, 96, 128, 192])
 def test_tma_loads_boxes_of_keys(dtype: str, layout: str, dim: int) -> None:
-    """What lies past the last row or column becomes zero; what lies past the box stays."""
+    """What lies outside becomes zero, before the first row, too; what lies past the box stays."""
     batch, heads, seqlen, box_rows = 2, 3, 100, 80
     view = strided(batch, heads, seqlen, dim, layout)
     source_rows = view.get()
-    for row in (0, 13, 80, 160):
+    for row in (-81, -13, 0, 13, 80, 160):
         for head, entry_of_batch in ((0, 1), (2, 0)):
             found = loaded_tile(
                 dtype, view, view.shape[::-1], view.strides[2::-1], (64, box_rows, 1, 1), row, head, entry_of_batch
             )
             wanted = np.full_like(found, 0xFFFF)
             wanted[:box_rows] = 0
-            rows = source_rows[entry_of_batch, head, row : row + box_rows]
-            wanted[: len(rows), :dim] = rows
+            rows = source_rows[entry_of_batch, head, max(row, 0) : max(row + box_rows, 0)]
+            wanted[max(-row, 0) :][: len(rows), :dim] = rows
             assert_found(found, wanted)
 
 
@@ -404,6 +409,76 @@ def test_tma_packs_query_heads(dtype: str, layout: str, pack: int, dim: int) -> 
             rows = source_rows[entry_of_batch, heads, query : query + queries].swapaxes(0, 1).reshape(-1, dim)
             wanted[: len(rows), :dim] = rows
             assert_found(found, wanted)
+
+
+# Bytes from global memory, counted on a barrier like a box.
+LOAD_BYTES = """
+CUFLASH_DEVICE void load_bytes(uint4* out, char const* source, int bytes, u32 smem) {
+    u32 const barrier = smem + 4096;
+    if (threadIdx.x == 0) {
+        mbarrier_init(barrier, 1);
+        mbarrier_init_fence();
+        mbarrier_arrive_expect(barrier, bytes);
+        bulk_load(smem, source, bytes, barrier);
+    }
+    __syncthreads();
+    bounded_wait(barrier, 0);
+    for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) out[i] = ld_shared_v4(smem + 16 * i);
+}
+"""
+define(
+    "bytes",
+    ("ptx/mbarrier", "ptx/shared", "ptx/tma"),
+    BOUNDED_WAIT + LOAD_BYTES,
+    [entry("load", 128, "uint4* out, char const* source, int bytes", "load_bytes(out, source, bytes, smem)")],
+)
+
+
+@pytest.mark.parametrize("size", [16, 256, 320, 4096])
+def test_bulk_load(size: int) -> None:
+    source_bytes = cupy.arange(size + 64, dtype=np.uint8)
+    out = cupy.zeros(size, dtype=np.uint8)
+    launch("bytes", "load", out, source_bytes[48:], size, smem=4096 + 8)
+    assert_same_bits(out, source_bytes[48 : 48 + size])
+
+
+# ------------------------------------------------------------------------------------------- accumulators, transposed
+
+# Four warps with 16 columns of the target each, 32 rows of it.
+STORE_TRANSPOSED = """
+template <Mma kMma>
+CUFLASH_DEVICE void store_transposed(u32* out, float* matrix, u32 smem) {
+    using Tile = SmemTile<32, 64, 2>;
+    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float acc[4][4];
+    move_acc<true>(acc, matrix);
+    for (int n = 0; n < 4; n += 2) {
+        float const pair[2][4] = {{acc[n][0], acc[n][1], acc[n][2], acc[n][3]},
+                                  {acc[n + 1][0], acc[n + 1][1], acc[n + 1][2], acc[n + 1][3]}};
+        acc_to_smem_trans<kMma, Tile>(smem, pair, 8 * n, 16 * warp, lane);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < Tile::kBytes / 4; i += blockDim.x)
+        out[i] = ld_shared(smem + Tile::offset(i / 32, i % 32 / 4) + i % 4 * 4);
+}
+"""
+define(
+    "transposed",
+    ("attention/epilogue", "tile/gemm"),
+    MOVE_ACC + STORE_TRANSPOSED,
+    [
+        entry(dtype, 128, "u32* out, float* matrix", f"store_transposed<{mma}>(out, matrix, smem)")
+        for dtype, mma in MMA.items()
+    ],
+)
+
+
+@each_dtype
+def test_transposed_accumulators(dtype: str) -> None:
+    matrix = integers((64, 32), dtype, 6)
+    out = cupy.zeros((32, 64), dtype=np.uint16)
+    launch("transposed", dtype, out, on_device(matrix.astype(np.float32)), smem=32 * 64 * 2)
+    assert_found(out, np.ascontiguousarray(matrix.T).view(np.uint16))
 
 
 # --------------------------------------------------------------------------------------------------- rings and turns
@@ -515,7 +590,7 @@ CUFLASH_DEVICE void visit_tiles(int* visits, int* coordinates, int rounds, TileO
         if (index >= order.num_tiles) continue;
         TileCoordinates const at = tile_coordinates(order, index);
         atomicAdd(&visits[index], ended ? 1000 : 1);
-        coordinates[3 * index] = at.m_block;
+        coordinates[3 * index] = at.block;
         coordinates[3 * index + 1] = at.head;
         coordinates[3 * index + 2] = at.batch;
     }

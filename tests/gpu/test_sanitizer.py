@@ -45,11 +45,12 @@ def _own_allocations() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_backward(case: Case) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_forward_and_backward(case: Case, deterministic: bool) -> None:
     operands = [np.ascontiguousarray(array) for array in make_operands(case)]
     q, k, v, d_out = map(cupy.asarray, operands)
     out, lse = cuflash.attention(q, k, v, return_lse=True, **case.options)
-    found = cuflash.attention_backward(d_out, q, k, v, out, lse, **case.options)
+    found = cuflash.attention_backward(d_out, q, k, v, out, lse, deterministic=deterministic, **case.options)
     yardstick = Yardstick(*operands[:3], band=case.band, scale=case.softmax_scale)
     yardstick.assert_forward(cupy.asnumpy(out), cupy.asnumpy(lse))
     yardstick.assert_backward(operands[3], [cupy.asnumpy(array) for array in found[:3]])

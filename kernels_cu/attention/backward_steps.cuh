@@ -1,0 +1,275 @@
+// What the warpgroups of backward_wgmma.cuh have between them: tiles in shared memory, barriers, and the notes by which the
+// producer tells the others where they are.
+//
+// A thread block works on tiles of keys one after the other. For each it takes steps, one per tile of queries that sees some
+// of the keys, of all query heads that share them.
+#pragma once
+#include "../ptx/mbarrier.cuh"
+#include "../ptx/reduction.cuh"
+#include "../ptx/shared.cuh"
+#include "../ptx/tma.cuh"
+#include "../tile/ring.cuh"
+#include "../tile/swizzle.cuh"
+#include "block_range.cuh"
+#include "config.cuh"
+#include "dq_accum.cuh"
+#include "tile_order.cuh"
+
+template <BackwardWgmmaConfig cfg>
+struct BackwardWgmmaTiles {
+    // Whole slabs of 64 columns; the engine fills what head_dim does not reach with zeros.
+    static constexpr int kCols = (cfg.head_dim + 63) / 64 * 64;
+    static constexpr int kColsV = (cfg.head_dim_v + 63) / 64 * 64;
+    using K = SmemTile<cfg.block_n, kCols, 2>;
+    using V = SmemTile<cfg.block_n, kColsV, 2>;
+    using Q = SmemTile<cfg.block_m, kCols, 2>;
+    using dO = SmemTile<cfg.block_m, kColsV, 2>;
+    using dS = SmemTile<cfg.block_m, cfg.block_n, 2>;  // [query][key]
+    static constexpr int kPBytes = cfg.by_role() ? cfg.block_n * cfg.block_m * 2 : 0;
+    static constexpr int kStatBytes = (cfg.block_m * 4 + 127) / 128 * 128;
+    static constexpr int kV = cfg.kv_stages * K::kBytes;
+    static constexpr int kQ = kV + cfg.kv_stages * V::kBytes;
+    static constexpr int kDO = kQ + cfg.num_stages * Q::kBytes;
+    static constexpr int kDS = kDO + cfg.num_stages * dO::kBytes;
+    static constexpr int kP = kDS + 2 * dS::kBytes;
+    static constexpr int kLse = kP + 2 * kPBytes;
+    static constexpr int kDelta = kLse + cfg.num_stages * kStatBytes;
+    // 16 bytes per step: twice as many as there are stages, as the step before is still of interest.
+    static constexpr int kNotes = kDelta + cfg.num_stages * kStatBytes;
+    static constexpr int kWork = kNotes + 2 * 16 * cfg.num_stages;
+    static constexpr int kBarriers = kWork + 2 * 32 * cfg.kv_stages;
+    static constexpr int kBytes = kBarriers + 8 * (4 + 3 * cfg.kv_stages + 3 * cfg.num_stages);
+};
+
+template <BackwardWgmmaConfig cfg>
+struct BackwardSteps {
+    using Tiles = BackwardWgmmaTiles<cfg>;
+    using Position = Ring<cfg.num_stages>;     // of a step
+    using TilePosition = Ring<cfg.kv_stages>;  // of a tile of keys
+    static constexpr int kConsumerWarps = 4 * cfg.consumers();
+    // Warps hold a tile of dQ as 16 rows each, or, transposed, as 16 columns.
+    using Accum = DqAccum<cfg.dq_transposed() ? cfg.dq_columns() : cfg.block_m,
+                          cfg.dq_transposed() ? cfg.block_m : cfg.head_dim, cfg.dq_warps(), cfg.dq_warps(), 4>;
+
+    BackwardWgmmaParams const& params;
+    u32 const smem;
+
+    // ---- places ----
+    CUFLASH_DEVICE u32 k(TilePosition tile) const { return smem + tile.stage() * Tiles::K::kBytes; }
+    CUFLASH_DEVICE u32 v(TilePosition tile) const { return smem + Tiles::kV + tile.stage() * Tiles::V::kBytes; }
+    CUFLASH_DEVICE u32 q(Position at) const { return smem + Tiles::kQ + at.stage() * Tiles::Q::kBytes; }
+    CUFLASH_DEVICE u32 d_out(Position at) const { return smem + Tiles::kDO + at.stage() * Tiles::dO::kBytes; }
+    CUFLASH_DEVICE u32 lse(Position at) const { return smem + Tiles::kLse + at.stage() * Tiles::kStatBytes; }
+    CUFLASH_DEVICE u32 delta(Position at) const { return smem + Tiles::kDelta + at.stage() * Tiles::kStatBytes; }
+    // Of these two, by turns.
+    CUFLASH_DEVICE u32 ds(Position at) const { return smem + Tiles::kDS + at.count % 2 * Tiles::dS::kBytes; }
+    CUFLASH_DEVICE u32 p(Position at) const { return smem + Tiles::kP + at.count % 2 * Tiles::kPBytes; }
+
+    // ---- barriers ----
+    CUFLASH_DEVICE u32 barrier(u32 index) const { return smem + Tiles::kBarriers + 8 * index; }
+    CUFLASH_DEVICE u32 turn() const { return barrier(0); }
+    CUFLASH_DEVICE u32 added() const { return barrier(1); }
+    CUFLASH_DEVICE u32 ds_full(Position at) const { return barrier(2 + at.count % 2); }
+    CUFLASH_DEVICE u32 k_full(TilePosition tile) const { return barrier(4 + tile.stage()); }
+    CUFLASH_DEVICE u32 v_full(TilePosition tile) const { return barrier(4 + cfg.kv_stages + tile.stage()); }
+    CUFLASH_DEVICE u32 kv_empty(TilePosition tile) const { return barrier(4 + 2 * cfg.kv_stages + tile.stage()); }
+    static constexpr u32 kOfSteps = 4 + 3 * cfg.kv_stages;
+    CUFLASH_DEVICE u32 q_full(Position at) const { return barrier(kOfSteps + at.stage()); }
+    CUFLASH_DEVICE u32 d_out_full(Position at) const { return barrier(kOfSteps + cfg.num_stages + at.stage()); }
+    CUFLASH_DEVICE u32 empty(Position at) const { return barrier(kOfSteps + 2 * cfg.num_stages + at.stage()); }
+
+    CUFLASH_DEVICE void init_barriers() const {
+        for (u32 i = 0; i < cfg.kv_stages; ++i) {
+            mbarrier_init(k_full(TilePosition{i}), 1);
+            mbarrier_init(v_full(TilePosition{i}), 1);
+            mbarrier_init(kv_empty(TilePosition{i}), kConsumerWarps + cfg.deterministic);
+        }
+        mbarrier_init(turn(), 1);
+        mbarrier_init(added(), kConsumerWarps);
+        for (u32 i = 0; i < 2; ++i) mbarrier_init(ds_full(Position{i}), cfg.by_role() ? 4 : kConsumerWarps);
+        for (u32 i = 0; i < cfg.num_stages; ++i) {
+            mbarrier_init(q_full(Position{i}), 1);
+            mbarrier_init(d_out_full(Position{i}), 1);
+            mbarrier_init(empty(Position{i}), kConsumerWarps);
+        }
+        mbarrier_init_fence();
+    }
+    CUFLASH_DEVICE void await_q(Position at) const { mbarrier_wait(q_full(at), at.parity()); }
+    CUFLASH_DEVICE void await_d_out(Position at) const { mbarrier_wait(d_out_full(at), at.parity()); }
+    CUFLASH_DEVICE void await_ds(Position at) const { mbarrier_wait(ds_full(at), at.count / 2 & 1); }
+
+    // ---- notes: flags and, above them, which tile of queries; first key; tile of the workspace ----
+    static constexpr u32 kMasked = 1, kFirst = 2, kLast = 4, kNumFlags = 3;
+    CUFLASH_DEVICE u32 note(Position at) const { return smem + Tiles::kNotes + 16 * (at.count % (2 * cfg.num_stages)); }
+    CUFLASH_DEVICE bool is_masked(Position at) const { return ld_shared(note(at)) & kMasked; }
+    CUFLASH_DEVICE bool is_first(Position at) const { return ld_shared(note(at)) & kFirst; }
+    CUFLASH_DEVICE bool is_last(Position at) const { return ld_shared(note(at)) & kLast; }
+    CUFLASH_DEVICE int q_begin(Position at) const { return (ld_shared(note(at)) >> kNumFlags) * cfg.block_m; }
+    CUFLASH_DEVICE int k_begin(Position at) const { return ld_shared(note(at) + 4); }
+
+    // ---- work: a tile of keys; twice as many as there are places for keys, as results are stored when those are free ----
+    // The producer's registers are few, and it looks up here what it needs, too.
+    static constexpr i32 kNoMore = -1;
+    struct Work {
+        u32 place;
+
+        CUFLASH_DEVICE int k_begin() const { return ld_shared(place); }
+        CUFLASH_DEVICE int head_kv() const { return ld_shared(place + 4); }
+        CUFLASH_DEVICE int batch() const { return ld_shared(place + 8); }
+        CUFLASH_DEVICE i32 num_steps() const { return ld_shared(place + 12); }  // of all query heads, or kNoMore
+        // Tiles of queries that see some of the keys, and those that see all of them.
+        CUFLASH_DEVICE int first() const { return ld_shared(place + 16); }
+        CUFLASH_DEVICE int last() const { return ld_shared(place + 20); }
+        CUFLASH_DEVICE bool needs_mask(int m_block) const {
+            uint2 const full = ld_shared_v2(place + 24);
+            return m_block < static_cast<int>(full.x) || m_block >= static_cast<int>(full.y);
+        }
+    };
+    CUFLASH_DEVICE Work work(TilePosition tile) const {
+        return Work{smem + Tiles::kWork + tile.count % (2 * cfg.kv_stages) * 32};
+    }
+
+    CUFLASH_DEVICE int tile_of_dq(int batch, int head, int m_block) const {
+        return (batch * params.shape.num_heads + head) * (params.rows / cfg.block_m) + m_block;
+    }
+
+    // The next tile that no block has taken.
+    CUFLASH_DEVICE void claim(Work work) const {
+        int const tile = fetch_add(reinterpret_cast<int*>(params.next_tile), 1);
+        if (tile >= params.order.num_tiles) return st_shared(work.place + 12, kNoMore);
+        TileCoordinates const at = tile_coordinates(params.order, tile);
+        // With a causal mask the first keys are seen by the most queries, so they come first. If d_q is summed in a fixed
+        // order they come last: blocks wait for later keys, which are first to reach a tile of queries.
+        int const n_block = cfg.deterministic ? at.block : params.order.num_blocks - 1 - at.block;
+        int const k_begin = n_block * cfg.block_n;
+        int const k_end = min(params.shape.seqlen_k, k_begin + cfg.block_n);
+        BlockRange range = query_blocks(params.shape, k_begin, k_end, cfg.block_m);
+        if (k_begin + cfg.block_n > params.shape.seqlen_k) range.full_last = 0;
+        int const num_steps = (range.last - range.first) * params.shape.group_size;
+        st_shared_v4(work.place, uint4{static_cast<u32>(k_begin), static_cast<u32>(at.head), static_cast<u32>(at.batch),
+                                       static_cast<u32>(num_steps)});
+        st_shared_v4(work.place + 16, uint4{static_cast<u32>(range.first), static_cast<u32>(range.last),
+                                            static_cast<u32>(range.full_first), static_cast<u32>(range.full_last)});
+    }
+
+    // One thread orders all that the others need, as soon as there is a place for it.
+    CUFLASH_DEVICE void produce() const {
+        Shape const& shape = params.shape;
+        // The maps cover what somebody sees. What lies outside becomes zero, whatever is there.
+        int const k_origin = key_blocks(shape, 0, shape.seqlen_q, cfg.block_n).k_begin;
+        int const q_origin = query_blocks(shape, 0, shape.seqlen_k, cfg.block_m).k_begin;
+        Position at;
+#pragma unroll 1
+        for (TilePosition tile;; tile = tile + 1) {
+            mbarrier_wait(kv_empty(tile), ~tile.parity() & 1);
+            Work const now = work(tile);
+            claim(now);
+            i32 steps_left = now.num_steps();
+            if (steps_left <= 0) {
+                mbarrier_arrive(k_full(tile));
+                mbarrier_arrive(v_full(tile));
+                if (steps_left == kNoMore) return;
+                continue;
+            }
+            int head = now.head_kv() * shape.group_size;
+            int m_block = now.first();
+            bool first = true;
+            mbarrier_arrive_expect(k_full(tile), Tiles::K::kBytes);
+            load<typename Tiles::K>(k(tile), params.k_map, k_full(tile), now.k_begin() - k_origin, now.head_kv(),
+                                    now.batch());
+#pragma unroll 1
+            do {
+                int const batch = now.batch(), k_begin = now.k_begin();
+                int const row = m_block * cfg.block_m - q_origin;
+                int const dq_tile = tile_of_dq(batch, head, m_block);
+                i64 const stats = static_cast<i64>(dq_tile) * (cfg.block_m * 4);
+                u32 const flags = (now.needs_mask(m_block) ? kMasked : 0) | (first ? kFirst : 0) |
+                                  (steps_left == 1 ? kLast : 0);
+                mbarrier_wait(empty(at), ~at.parity() & 1);
+                st_shared_v4(note(at), uint4{flags | static_cast<u32>(m_block) << kNumFlags,
+                                             static_cast<u32>(k_begin), static_cast<u32>(dq_tile), 0});
+                mbarrier_arrive_expect(q_full(at), Tiles::Q::kBytes + cfg.block_m * 4);
+                load<typename Tiles::Q>(q(at), params.q_map, q_full(at), row, head, batch);
+                bulk_load(lse(at), params.lse_log2 + stats, cfg.block_m * 4, q_full(at));
+                if (first) {
+                    mbarrier_arrive_expect(v_full(tile), Tiles::V::kBytes);
+                    load<typename Tiles::V>(v(tile), params.v_map, v_full(tile), k_begin - k_origin, now.head_kv(),
+                                            batch);
+                }
+                mbarrier_arrive_expect(d_out_full(at), Tiles::dO::kBytes + cfg.block_m * 4);
+                load<typename Tiles::dO>(d_out(at), params.d_out_map, d_out_full(at), row, head, batch);
+                bulk_load(delta(at), params.delta + stats, cfg.block_m * 4, d_out_full(at));
+                first = false;
+                at = at + 1;
+                if (++m_block == now.last()) {
+                    m_block = now.first();
+                    ++head;
+                }
+            } while (--steps_left > 0);
+        }
+    }
+
+    template <class Tile>
+    CUFLASH_DEVICE static void load(u32 target, TensorMap const& map, u32 barrier, int row, int head, int batch) {
+#pragma unroll
+        for (int c = 0; c < Tile::kCols; c += 64)
+            tma_load_4d(target + c / 64 * Tile::kSlabStride, map, barrier, c, row, head, batch);
+    }
+
+    // ---- dQ: what warp `warp` of `Accum` holds of a step ----
+    CUFLASH_DEVICE float* dq_target(Position at, int warp, int lane) const {
+        i64 const tile = ld_shared(note(at) + 8);
+        return reinterpret_cast<float*>(params.dq_accum) + tile * Accum::kElems + Accum::lane_offset(warp, lane);
+    }
+    template <int kN>
+    CUFLASH_DEVICE void add_dq(float (&dq)[kN][4], float* target, int warp) const {
+        static_assert(Accum::kM == 1 && Accum::kN == kN, "a warp holds 16 rows of accumulators");
+        if (cfg.dq_transposed() && Accum::row(warp) >= cfg.head_dim) return;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) reduce_add<4>(target + Accum::offset(0, n, 0), dq[n]);
+    }
+
+    // ---- a fixed order in which blocks add to a tile of dQ ----
+    // What a consumer warp does before and after it adds its part of a step.
+    CUFLASH_DEVICE void await_turn(Position at) const {
+        if constexpr (cfg.deterministic) mbarrier_wait(turn(), at.count & 1);
+    }
+    CUFLASH_DEVICE void finish_turn(int lane) const {
+        if constexpr (cfg.deterministic) {
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(added());
+        }
+    }
+    // One thread sees to it, so that no consumer waits for global memory.
+    CUFLASH_DEVICE void take_turns() const {
+        Shape const& shape = params.shape;
+        u32 parity = 0;
+        for (TilePosition tile;; tile = tile + 1) {
+            mbarrier_wait(k_full(tile), tile.parity());
+            Work const now = work(tile);
+            i32 const num_steps = now.num_steps();
+            mbarrier_arrive(kv_empty(tile));
+            if (num_steps == kNoMore) return;
+            int head = now.head_kv() * shape.group_size;
+            int m_block = now.first();
+            for (i32 i = 0; i < num_steps; ++i, parity ^= 1) {
+                int* const semaphore =
+                    reinterpret_cast<int*>(params.semaphore) + tile_of_dq(now.batch(), head, m_block);
+                // How many tiles of keys come before, from the last one that these queries see.
+                int const q_begin = m_block * cfg.block_m;
+                int const q_end = min(shape.seqlen_q, q_begin + cfg.block_m);
+                int const turn_here =
+                    key_blocks(shape, q_begin, q_end, cfg.block_n).last - 1 - now.k_begin() / cfg.block_n;
+                while (load_acquire(semaphore) != turn_here) {
+                }
+                mbarrier_arrive(turn());
+                mbarrier_wait(added(), parity);
+                store_release(semaphore, turn_here + 1);
+                if (++m_block == now.last()) {
+                    m_block = now.first();
+                    ++head;
+                }
+            }
+        }
+    }
+};

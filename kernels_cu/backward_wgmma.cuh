@@ -1,0 +1,498 @@
+// Attention backward on Hopper (sm_90a), main step: wgmma fed by the tensor memory accelerator.
+//
+// What    d_k, d_v, and the sum over key blocks that becomes d_q; as in backward_mma.cuh. A thread block works on tiles
+//         of block_n keys, one after the other, and for each goes through the queries that see them.
+// Maths   everything transposed, a row per key:    S^T  = K Q^T                          [64, block_m] per warpgroup
+//                                                  P^T  = exp2(S^T scale_log2 - lse_log2)
+//                                                  dP^T = V dO^T
+//                                                  dS^T = P^T o (dP^T - delta)
+//         sums over queries, in registers:         dV  += P^T dO,  dK += dS^T Q           [64, head_dim(_v)]
+//         sum over keys, in global memory:         dQ  += dS K                            [block_m, head_dim]
+// Blocks  a tile is (block_n keys, key/value head, batch), numbered by `TileOrder`; there is a thread block per
+//         multiprocessor, and each claims the next tile when it is done with the one before. The query heads that share
+//         a key/value head follow one another.
+// Who     warpgroup 0 produces: one thread claims tiles and orders K and V, and Q, dO and the two numbers per row of each
+//         step (attention/backward_steps.cuh); another sees to the order in which blocks add to d_q, where that is fixed.
+//         Two warpgroups consume.
+//         By keys (head dims up to 128): each owns 64 keys. P^T and dS^T stay in its registers, as operands of dV and dK.
+//         By role (wider heads, whose dV and dK do not fit the registers of one): both have the same 64 keys. The first
+//         computes P and dV, and hands P over through shared memory; the second computes dS and dK.
+//         dQ needs the keys of all, so dS goes through shared memory. Each warpgroup computes some of the rows of dQ or,
+//         transposed, some of its columns, and adds them to the workspace right from its registers.
+// Order   by keys: the tensor core computes dP beside P, dV beside dS, then dQ of the step before, dK, and, with
+//         `overlap`, S of the next step. dQ comes a step late so that warpgroups need not be in step, and one's products
+//         run beside the other's weights: each waits only for the others' dS of the step before. By role it is late for
+//         the same reason.
+//         Deterministic: blocks add to a tile of dQ in the order of their keys, the last keys first. Tiles are numbered in
+//         that order, too, so a block waits only for tiles that were claimed before its own, and somebody can always go on.
+// Source  Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3), section 3.
+#pragma once
+#include "attention/backward_steps.cuh"
+#include "attention/epilogue.cuh"
+#include "attention/mask.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/stmatrix.cuh"
+#include "tile/gemm.cuh"
+#include "tile/warpgroup.cuh"
+
+template <BackwardWgmmaConfig cfg>
+struct BackwardConsumer {
+    using Steps = BackwardSteps<cfg>;
+    using Position = typename Steps::Position;
+    using Tiles = typename Steps::Tiles;
+    using TileK = typename Tiles::K;
+    using TileV = typename Tiles::V;
+    using TileQ = typename Tiles::Q;
+    using TileDO = typename Tiles::dO;
+    using TileDS = typename Tiles::dS;
+    static constexpr Mma kMma = cfg.mma;
+    static constexpr int kN = cfg.block_m / 8;
+    static constexpr int kSteps = cfg.block_m / 16;
+    static constexpr int kNDQ = (cfg.dq_transposed() ? cfg.block_m : cfg.head_dim) / 8;
+    using Scores = float[1][kN][4];
+    using Weights = FragmentA<kMma>[kSteps];
+
+    Steps const& steps;
+    int const consumer;
+    int const warp;
+    int const lane;
+    Position at;
+    typename Steps::TilePosition tile;
+
+    CUFLASH_DEVICE typename Steps::Work work() const { return steps.work(tile); }
+    CUFLASH_DEVICE void release(u32 barrier) const {
+        if (lane == 0) mbarrier_arrive(barrier);
+    }
+
+    // ---- products; their groups are committed here ----
+    // A row of scores per key: 64 keys from row `row` on.
+    CUFLASH_DEVICE void issue_scores(Scores& s, Position of, int row) const {
+        warpgroup_arrive();
+        warpgroup_gemm_nt<kMma, TileK, TileQ, cfg.head_dim / 16>(
+            s[0], MatrixDescriptor<TileK>(steps.k(tile) + row * TileK::kSlabBytes), MatrixDescriptor<TileQ>(steps.q(of)));
+        warpgroup_commit();
+    }
+    CUFLASH_DEVICE void issue_dp(Scores& dp, int row) const {
+        warpgroup_arrive();
+        warpgroup_gemm_nt<kMma, TileV, TileDO, cfg.head_dim_v / 16>(
+            dp[0], MatrixDescriptor<TileV>(steps.v(tile) + row * TileV::kSlabBytes),
+            MatrixDescriptor<TileDO>(steps.d_out(at)));
+        warpgroup_commit();
+    }
+    // acc += weights rows, where rows are Q or dO.
+    template <class Tile, int kCols>
+    CUFLASH_DEVICE static void issue_sum(float (&acc)[kCols][4], Weights const& weights, u32 rows) {
+        warpgroup_arrive();
+        warpgroup_gemm_nn<kMma, Tile, kSteps>(acc, weights, MatrixDescriptor<Tile>(rows));
+        warpgroup_commit();
+    }
+    // 64 rows of dQ or, transposed, 64 columns: the share of this number.
+    CUFLASH_DEVICE void issue_dq(float (&dq)[kNDQ][4], Position of, int share) const {
+        constexpr int kKeySteps = cfg.block_n / 16;
+        warpgroup_arrive();
+        if constexpr (cfg.dq_transposed()) {
+            warpgroup_gemm_tt<kMma, TileK, TileDS, kKeySteps>(
+                dq, MatrixDescriptor<TileK>(steps.k(tile) + share * TileK::kSlabStride),
+                MatrixDescriptor<TileDS>(steps.ds(of)));
+        } else {
+            warpgroup_gemm_nn<kMma, TileDS, TileK, kKeySteps>(
+                dq, MatrixDescriptor<TileDS>(steps.ds(of) + share * (64 * TileDS::kSlabBytes)),
+                MatrixDescriptor<TileK>(steps.k(tile)));
+        }
+        warpgroup_commit();
+    }
+
+    // ---- log-sum-exps or deltas of the queries of a step ----
+    // Behind additions to global memory shared memory answers late. So where there are registers they are fetched before.
+    static constexpr bool kFetchAhead = cfg.overlap && cfg.block_m <= 64 && !cfg.deterministic;
+    struct Numbers {
+        u32 place;
+        uint2 fetched[kFetchAhead ? kN : 1];
+
+        CUFLASH_DEVICE void fetch(u32 numbers, int lane) {
+            place = numbers + acc_col(lane, 0) * 4;
+            if constexpr (kFetchAhead) {
+#pragma unroll
+                for (int n = 0; n < kN; ++n) fetched[n] = ld_shared_v2(place + n * 32);
+            }
+        }
+        // Those of accumulators [n].
+        CUFLASH_DEVICE float2 operator()(int n) const {
+            uint2 const words = kFetchAhead ? fetched[n] : ld_shared_v2(place + n * 32);
+            return float2{__uint_as_float(words.x), __uint_as_float(words.y)};
+        }
+    };
+
+    // ---- weights; `row` is the first of this warp's keys in the tile ----
+    CUFLASH_DEVICE void to_weights(Weights& p, Scores& s, Numbers const& lse_log2, int row) const {
+        float const scale_log2 = steps.params.scale_log2;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+            float2 const lse = lse_log2(n);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) s[0][n][j] = exp2_approx(s[0][n][j] * scale_log2 - (j % 2 == 0 ? lse.x : lse.y));
+        }
+        if (steps.is_masked(at)) {
+            mask_probabilities(s, steps.params.shape, steps.k_begin(at) + row, steps.q_begin(at), lane);
+        }
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) acc_to_a(p[k], s[0], k);
+    }
+    // dS from the rounded P: the exact one would take registers that dV has not given back yet.
+    CUFLASH_DEVICE void to_d_scores(Weights& ds, Scores& dp, Weights const& p, Numbers const& deltas) const {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                float2 const delta = deltas(2 * k + n);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    u32 const word = p[k].x[2 * n + j / 2];
+                    float& x = dp[0][2 * k + n][j];
+                    x = (j % 2 == 0 ? unpack_low<kMma>(word) : unpack_high<kMma>(word)) *
+                        (x - (j % 2 == 0 ? delta.x : delta.y));
+                }
+            }
+            acc_to_a(ds[k], dp[0], k);
+        }
+    }
+    // dS with a row per query, for everyone.
+    CUFLASH_DEVICE void store_ds(Weights const& ds, int row) const {
+        u32 const place = steps.ds(at) + TileDS::offset(lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) stmatrix_x4_trans(place + k * (16 * TileDS::kSlabBytes), ds[k].x);
+    }
+    // To be called when this warp has stored its dS, and dQ of the step before is done.
+    CUFLASH_DEVICE void publish_ds() const {
+        proxy_fence();
+        __syncwarp();
+        release(steps.ds_full(at));
+    }
+
+    // ---- results: a row per key ----
+    template <int kCols>
+    CUFLASH_DEVICE void store_rows(Operand const& operand, float (&acc)[kCols][4], int row, int dim) const {
+        i64 const batch = work().batch(), head = work().head_kv();
+        int const first_row = work().k_begin() + row;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int const k_idx = first_row + lane / 4 + 8 * h;
+            store_acc_row<kMma, true>(operand.at(batch, head, k_idx), acc, h,
+                                      k_idx < steps.params.shape.seqlen_k, dim * 2, lane);
+        }
+    }
+    CUFLASH_DEVICE void store_dv(float (&dv)[cfg.head_dim_v / 8][4], int row) const {
+        store_rows(steps.params.d_v, dv, row, steps.params.shape.head_dim_v);
+    }
+    CUFLASH_DEVICE void store_dk(float (&dk)[cfg.head_dim / 8][4], int row) const {
+        float const scale = static_cast<float>(steps.params.scale);
+#pragma unroll
+        for (int n = 0; n < cfg.head_dim / 8; ++n)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) dk[n][j] *= scale;
+        store_rows(steps.params.d_k, dk, row, steps.params.shape.head_dim);
+    }
+
+    // Calls `body(any)` for each tile of keys; K and V have arrived if `any` query sees some of them.
+    template <class Body>
+    CUFLASH_DEVICE void for_each_tile(Body body) {
+        for (;; tile = tile + 1) {
+            mbarrier_wait(steps.k_full(tile), tile.parity());
+            mbarrier_wait(steps.v_full(tile), tile.parity());
+            i32 const num_steps = work().num_steps();
+            if (num_steps == Steps::kNoMore) return;
+            if (num_steps == 0) release(steps.kv_empty(tile));
+            body(num_steps > 0);
+        }
+    }
+
+    // All of this warp's dQ of a step, `share` by share.
+    CUFLASH_DEVICE void add_dq(float (&dq)[kNDQ][4], Position of, int share) const {
+        steps.add_dq(dq, steps.dq_target(of, 4 * share + warp, lane), 4 * share + warp);
+    }
+
+    // ---- every warpgroup has 64 keys ----
+    CUFLASH_DEVICE void by_keys() {
+        float dk[1][cfg.head_dim / 8][4], dv[1][cfg.head_dim_v / 8][4];
+        int const first_row = 64 * consumer;
+        int const row = first_row + 16 * warp;
+        int const dq_warp = 4 * consumer + warp;
+
+        Scores next_s;
+        Numbers lse, delta;
+        auto begin = [&](Scores& s, Position of) {
+            issue_scores(s, of, first_row);
+            lse.fetch(steps.lse(of), lane);
+        };
+
+        auto step = [&] {
+            Scores here, dp;
+            Scores& s = cfg.overlap ? next_s : here;
+            if constexpr (!cfg.overlap) {
+                steps.await_q(at);
+                begin(s, at);
+            }
+            steps.await_d_out(at);
+            issue_dp(dp, first_row);
+
+            // P beside dP, and dS beside dV
+            if constexpr (!cfg.overlap) {
+                warpgroup_wait<1>();
+                warpgroup_pin(s[0]);
+            }
+            Weights p, ds;
+            to_weights(p, s, lse, row);
+            issue_sum<TileDO>(dv[0], p, steps.d_out(at));
+            delta.fetch(steps.delta(at), lane);
+            bool const first = steps.is_first(at), last = steps.is_last(at);
+            warpgroup_wait<1>();
+            warpgroup_pin(dp[0]);
+            to_d_scores(ds, dp, p, delta);
+
+            // dQ of the step before, and dK. The first step has none before it. It computes something all the same: with a
+            // branch around products the compiler would lose track of them.
+            if (!first) steps.await_ds(at + -1);
+            // This place was read by dQ of two steps ago. Everyone had seen the end of that before dS of the last step.
+            store_ds(ds, row);
+            float dq[kNDQ][4];
+            issue_dq(dq, at + -1, consumer);
+            issue_sum<TileQ>(dk[0], ds, steps.q(at));
+            Position const next = last ? at : at + 1;
+            if (cfg.overlap && !last) steps.await_q(next);
+            float* const dq_target = steps.dq_target(first ? at : at + -1, dq_warp, lane);
+            warpgroup_wait<1>();
+            warpgroup_pin(dq);
+            publish_ds();
+            if (!first) {
+                steps.await_turn(at + -1);
+                steps.add_dq(dq, dq_target, dq_warp);
+                steps.finish_turn(lane);
+            }
+
+            // S of the next step. After the last one it is this step's once more, for nothing, as a branch around products
+            // would cost more; then Q is not to be released before.
+            if constexpr (cfg.overlap) {
+                begin(s, next);
+                warpgroup_wait<1>();
+                if (!last) release(steps.empty(at));
+                warpgroup_wait<0>();
+                warpgroup_pin(s[0]);
+                if (last) release(steps.empty(at));
+            } else {
+                warpgroup_wait<0>();
+                release(steps.empty(at));
+            }
+            at = at + 1;
+            return !last;
+        };
+
+        for_each_tile([&](bool any) {
+            set_zero(dk);
+            set_zero(dv);
+            if (any) {
+                if constexpr (cfg.overlap) {
+                    steps.await_q(at);
+                    begin(next_s, at);
+                    warpgroup_wait<0>();
+                    warpgroup_pin(next_s[0]);
+                }
+#pragma unroll 1
+                while (step()) {
+                }
+                float dq[kNDQ][4];
+                steps.await_ds(at + -1);
+                issue_dq(dq, at + -1, consumer);
+                warpgroup_wait<0>();
+                warpgroup_pin(dq);
+                release(steps.kv_empty(tile));
+                steps.await_turn(at + -1);
+                add_dq(dq, at + -1, consumer);
+                steps.finish_turn(lane);
+            }
+            warpgroup_pin(dk[0]);
+            warpgroup_pin(dv[0]);
+            store_dk(dk[0], row);
+            store_dv(dv[0], row);
+        });
+    }
+
+    // ---- one warpgroup computes P and dV, the other dS and dK; of dQ each has some columns, 64 at a time ----
+    static constexpr int kShares = cfg.dq_warps() / 4;
+
+    template <int kFirst, int kLast>
+    CUFLASH_DEVICE void finish_dq(float (&dq)[kNDQ][4], Position of, bool ignored) const {
+        // The first share is on its way, with one group of products behind it.
+        warpgroup_wait<1>();
+        warpgroup_pin(dq);
+        if (!ignored) {
+            steps.await_turn(of);
+            add_dq(dq, of, kFirst);
+        }
+#pragma unroll
+        for (int share = kFirst + 1; share < kLast; ++share) {
+            issue_dq(dq, of, share);
+            warpgroup_wait<0>();
+            warpgroup_pin(dq);
+            if (!ignored) add_dq(dq, of, share);
+        }
+        if (!ignored) steps.finish_turn(lane);
+        warpgroup_wait<0>();
+    }
+    // dQ of the last step of a tile.
+    template <int kFirst, int kLast>
+    CUFLASH_DEVICE void last_dq() const {
+        steps.await_ds(at + -1);
+        steps.await_turn(at + -1);
+        float dq[kNDQ][4];
+#pragma unroll
+        for (int share = kFirst; share < kLast; ++share) {
+            issue_dq(dq, at + -1, share);
+            warpgroup_wait<0>();
+            warpgroup_pin(dq);
+            add_dq(dq, at + -1, share);
+        }
+        steps.finish_turn(lane);
+        release(steps.kv_empty(tile));
+    }
+    // P on its way to the same lanes of the other warpgroup. The next one follows when dS of this one is there.
+    static constexpr int kPBarrier = 1;
+    CUFLASH_DEVICE u32 p_place(int k) const { return steps.p(at) + ((warp * kSteps + k) * 32 + lane) * 16; }
+
+    CUFLASH_DEVICE void values() {
+        constexpr int kMine = (kShares + 1) / 2;
+        float dv[1][cfg.head_dim_v / 8][4];
+        auto step = [&] {
+            Scores s;
+            steps.await_q(at);
+            issue_scores(s, at, 0);
+            if (!steps.is_first(at)) steps.await_ds(at + -1);
+            float dq[kNDQ][4];
+            issue_dq(dq, at + -1, 0);
+            warpgroup_wait<1>();
+            warpgroup_pin(s[0]);
+            Weights p;
+            Numbers lse;
+            lse.fetch(steps.lse(at), lane);
+            to_weights(p, s, lse, 16 * warp);
+            // Whoever has stored dS of the last step has read the P that was here. And dQ of two steps ago is done, so that
+            // dS of this step may take its place.
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) st_shared_v4(p_place(k), uint4{p[k].x[0], p[k].x[1], p[k].x[2], p[k].x[3]});
+            barrier_arrive(kPBarrier, 256);
+            steps.await_d_out(at);
+            issue_sum<TileDO>(dv[0], p, steps.d_out(at));
+            bool const first = steps.is_first(at);
+            finish_dq<0, kMine>(dq, at + -1, first);
+            release(steps.empty(at));
+            bool const last = steps.is_last(at);
+            at = at + 1;
+            return !last;
+        };
+        for_each_tile([&](bool any) {
+            set_zero(dv);
+            if (any) {
+#pragma unroll 1
+                while (step()) {
+                }
+                last_dq<0, kMine>();
+            }
+            warpgroup_pin(dv[0]);
+            store_dv(dv[0], 16 * warp);
+        });
+    }
+
+    CUFLASH_DEVICE void keys() {
+        constexpr int kOthers = (kShares + 1) / 2;
+        float dk[1][cfg.head_dim / 8][4];
+        auto step = [&] {
+            Scores dp;
+            steps.await_d_out(at);
+            issue_dp(dp, 0);
+            if (!steps.is_first(at)) steps.await_ds(at + -1);
+            float dq[kNDQ][4];
+            issue_dq(dq, at + -1, kOthers);
+            warpgroup_wait<1>();
+            warpgroup_pin(dp[0]);
+            Weights p, ds;
+            barrier_sync(kPBarrier, 256);
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k) {
+                uint4 const words = ld_shared_v4(p_place(k));
+                p[k].x[0] = words.x;
+                p[k].x[1] = words.y;
+                p[k].x[2] = words.z;
+                p[k].x[3] = words.w;
+            }
+            Numbers delta;
+            delta.fetch(steps.delta(at), lane);
+            to_d_scores(ds, dp, p, delta);
+            store_ds(ds, 16 * warp);
+            publish_ds();
+            steps.await_q(at);
+            issue_sum<TileQ>(dk[0], ds, steps.q(at));
+            bool const first = steps.is_first(at);
+            finish_dq<kOthers, kShares>(dq, at + -1, first);
+            release(steps.empty(at));
+            bool const last = steps.is_last(at);
+            at = at + 1;
+            return !last;
+        };
+        for_each_tile([&](bool any) {
+            set_zero(dk);
+            if (any) {
+#pragma unroll 1
+                while (step()) {
+                }
+                last_dq<kOthers, kShares>();
+            }
+            warpgroup_pin(dk[0]);
+            store_dk(dk[0], 16 * warp);
+        });
+    }
+
+    CUFLASH_DEVICE void by_role() {
+        if (consumer == 0) {
+            values();
+        } else {
+            keys();
+        }
+    }
+};
+
+template <BackwardWgmmaConfig cfg>
+CUFLASH_DEVICE void backward_wgmma(BackwardWgmmaParams const& params, u32 smem) {
+    static_assert(cfg.mma == Mma::kF16 || cfg.mma == Mma::kBF16, "wgmma here multiplies 16-bit elements");
+    static_assert(cfg.consumers() == 2, "the producer leaves its registers to two warpgroups");
+    static_assert(cfg.block_n % 64 == 0, "a warpgroup multiplies 64 keys");
+    static_assert(cfg.block_m % 16 == 0 && cfg.block_m <= 256, "queries are consumed 16 at a time");
+    static_assert(cfg.head_dim % 32 == 0 && cfg.head_dim_v % 32 == 0, "head dims are padded before");
+    static_assert(cfg.by_role() || !cfg.dq_transposed() || cfg.dq_warps() == 4 * cfg.consumers(),
+                  "warpgroups share dQ by 64 rows or by 64 columns");
+    static_assert(cfg.num_stages >= 2, "one step is computed while the next one arrives");
+    BackwardSteps<cfg> const steps{params, smem};
+    int const warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for all lanes, and known to be
+    int const thread = threadIdx.x % 128;
+
+    if (threadIdx.x == 0) {
+        steps.init_barriers();
+        tma_prefetch(params.q_map);
+        tma_prefetch(params.k_map);
+        tma_prefetch(params.v_map);
+        tma_prefetch(params.d_out_map);
+    }
+    __syncthreads();
+    // Of 168 registers per thread.
+    if (warpgroup == 0) {
+        warpgroup_release_registers<24>();
+        if (thread == 0) steps.produce();
+        if (cfg.deterministic && thread == 32) steps.take_turns();
+    } else {
+        warpgroup_take_registers<240>();
+        BackwardConsumer<cfg> consumer{steps, warpgroup - 1, thread / 32, thread % 32, {}, {}};
+        if constexpr (cfg.by_role()) {
+            consumer.by_role();
+        } else {
+            consumer.by_keys();
+        }
+    }
+}
