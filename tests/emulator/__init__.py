@@ -1,0 +1,1 @@
+"""The Hopper kernels on the host; see README.md."""
