@@ -204,11 +204,14 @@ def test_blocks_get_equal_work(
     config, order = plan.config, plan.order
     assert isinstance(config, configs.ForwardWgmmaConfig)
     assert order.num_tiles == order.num_blocks * order.num_heads * batch
-    ranges = (
+    ranges = [
         band.key_range(m_block * config.block_m, min((m_block + 1) * config.block_m, seqlen_q), seqlen_k)
         for m_block in range(order.num_blocks)
-    )
-    work = planning._blocks(ranges, config.block_n) + planning._TILE_COST
+    ]
+    blocks = planning._blocks(ranges, config.block_n)
+    for visited, (first, end) in zip(blocks, ranges, strict=True):
+        assert visited == (-(-end // config.block_n) - first // config.block_n if first < end else 0)
+    work = blocks + planning._TILE_COST
     makespan = planning._makespan(work, batch * heads, order.section, plan.grid)
     ideal = work.sum() * batch * heads / plan.grid
     assert makespan <= 1.1 * ideal + 2 * work.max()

@@ -26,7 +26,7 @@ import pytest
 
 from cuflash import compile as compiler
 from cuflash import params, tensor_map
-from cuflash.configs import Config
+from cuflash.configs import Config, ceil_div
 
 FOLDER = Path(__file__).parent
 #: Where programs map the memory file: far from what the system puts into a process by itself.
@@ -126,7 +126,7 @@ class Device:
 
     def put(self, array: np.ndarray) -> np.ndarray:
         """A copy in the memory of the device."""
-        begin, self._used = self._used, -(-(self._used + array.nbytes) // 256) * 256
+        begin, self._used = self._used, ceil_div(self._used + array.nbytes, 256) * 256
         assert self._used <= _MEMORY_BYTES
         place = self._memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
         place[...] = array
