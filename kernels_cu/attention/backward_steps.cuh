@@ -136,7 +136,7 @@ struct BackwardSteps {
     // The next tile that no block has taken.
     CUFLASH_DEVICE void claim(Work work) const {
         int const tile = fetch_add(reinterpret_cast<int*>(params.next_tile), 1);
-        if (tile >= params.order.num_tiles) return st_shared(work.place + 12, kNoMore);
+        if (tile >= params.order.num_tiles) return st_shared(work.place + 12, static_cast<u32>(kNoMore));
         TileCoordinates const at = tile_coordinates(params.order, tile);
         // With a causal mask the first keys are seen by the most queries, so they come first. If d_q is summed in a fixed
         // order they come last: blocks wait for later keys, which are first to reach a tile of queries.

@@ -6,7 +6,6 @@ compile one configuration per kernel, arithmetic and head dims.
 """
 
 import os
-import re
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,11 +65,6 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[configs.Confi
     pool.shutdown(cancel_futures=True)
 
 
-#: Of `kNoMore` in backward_steps.cuh, to be written with a cast when the GPU tests run next: until then the file is the
-#: one that they ran on. Nothing else may be warned of.
-SIGN_OF_NO_MORE = "backward_steps.cuh(139): warning #68-D: integer conversion resulted in a change of sign"
-
-
 def is_whole_elf(cubin: bytes) -> bool:
     """Whether a 64-bit ELF file ends where the last of its two tables of headers does."""
     (program_headers, section_headers), sizes = (
@@ -86,8 +80,7 @@ def test_compiles(
 ) -> None:
     result = compiled(config, arch)
     assert is_whole_elf(result.cubin)
-    warnings = [line for line in result.log.splitlines() if re.search(r"\bwarning\b(?!-number)", line)]
-    assert [line for line in warnings if SIGN_OF_NO_MORE not in line] == []
+    assert "warning" not in result.log
     assert "C75" not in result.log, f"wgmma is waited for, or its registers are moved: {result.log}"
     assert result.registers * config.threads <= REGISTERS_PER_BLOCK
     if getattr(config, "tuned", True):
