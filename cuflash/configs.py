@@ -298,7 +298,7 @@ class BackwardWgmmaConfig(TileConfig):
     def smem_bytes(self) -> int:
         columns, columns_v = (ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
         elems = (self.kv_stages * self.block_n + self.num_stages * self.block_m) * (columns + columns_v)
-        elems += (4 if self.by_role else 2) * self.block_m * self.block_n  # dS, and P where others need it
+        elems += (3 if self.by_role else 2) * self.block_m * self.block_n  # dS twice, and P where others need it
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
         barriers = 4 + 3 * self.kv_stages + 3 * self.num_stages
         return 2 * elems + stats + 32 * self.num_stages + 64 * self.kv_stages + 8 * barriers

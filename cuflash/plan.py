@@ -105,13 +105,11 @@ def _forward_order(problem: Problem, config: configs.ForwardWgmmaConfig, pack: i
     rows = config.block_m // pack
     num_blocks, num_heads = ceil_div(p.seqlen_q, rows), p.num_heads // pack
     group = max(p.group_size // pack, 1)  # the heads that share keys and values, then the next ones
-    work = None
-    if not p.band.is_open:
+    section = group
+    if not p.band.is_open and num_blocks > 1 and p.batch * num_heads > 0:
         starts = range(0, num_blocks * rows, rows)
         ranges = (p.band.key_range(start, min(start + rows, p.seqlen_q), p.seqlen_k) for start in starts)
-        work = _blocks(ranges, config.block_n)
-    head_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * ITEMSIZE[p.dtype] // group
-    section = _section(p, work, p.batch * num_heads, group, head_bytes, grid)
+        section = _section(p, _blocks(ranges, config.block_n), p.batch * num_heads, group, grid)
     return TileOrder(p.batch * num_heads * num_blocks, num_blocks, num_heads, section, pack)
 
 
@@ -134,20 +132,20 @@ def _blocks(ranges: Iterable[tuple[int, int]], size: int) -> np.ndarray:
     return np.array([ceil_div(end, size) - begin // size for begin, end in ranges], dtype=np.int64)
 
 
-def _section(problem: Problem, work: np.ndarray | None, heads: int, group: int, head_bytes: int, grid: int) -> int:
-    """Heads per section: few, so that their bytes stay in the cache, but so that all blocks get the same work.
+def _section(problem: Problem, work: np.ndarray, heads: int, group: int, grid: int) -> int:
+    """Heads per section: few, so that their keys stay in the cache, but so that all blocks get the same work.
 
-    Blocks take tiles in turn, forwards and backwards (``tile_order.cuh``), and tiles of a head may differ in `work`.
+    Blocks take tiles in turn, forwards and backwards (``tile_order.cuh``), and tiles of a head differ in `work`.
     Whether that evens out depends on how the numbers of tiles and of blocks divide: it is tried.
     """
-    if work is None or len(work) <= 1 or heads == 0:
-        return group
+    p = problem
     heads = min(heads, max(_MAX_SIMULATED // len(work), 1))
     choices = [group * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if group * n < heads] + [heads]
     costs = {section: _makespan(work + _TILE_COST, heads, section, grid) for section in choices}
+    head_bytes = p.seqlen_k * (p.head_dim + p.head_dim_v) * ITEMSIZE[p.dtype] // group
     cached = {section: cost for section, cost in costs.items() if section * head_bytes <= _CACHE_BYTES}
     # Wide heads need more bytes for their work than memory delivers besides, narrow ones less.
-    patience = 1.05 if problem.head_dim > 64 else 1.01
+    patience = 1.05 if p.head_dim > 64 else 1.01
     if cached and min(cached.values()) <= patience * min(costs.values()):
         costs = cached
     return next(section for section, cost in costs.items() if cost <= 1.01 * min(costs.values()))

@@ -356,7 +356,7 @@ struct BackwardConsumer {
     }
     // P on its way to the same lanes of the other warpgroup. The next one follows when dS of this one is there.
     static constexpr int kPBarrier = 1;
-    CUFLASH_DEVICE u32 p_place(int k) const { return steps.p(at) + ((warp * kSteps + k) * 32 + lane) * 16; }
+    CUFLASH_DEVICE u32 p_place(int k) const { return steps.p() + ((warp * kSteps + k) * 32 + lane) * 16; }
 
     CUFLASH_DEVICE void values() {
         constexpr int kMine = (kShares + 1) / 2;

@@ -32,7 +32,7 @@ struct BackwardWgmmaTiles {
     static constexpr int kDO = kQ + cfg.num_stages * Q::kBytes;
     static constexpr int kDS = kDO + cfg.num_stages * dO::kBytes;
     static constexpr int kP = kDS + 2 * dS::kBytes;
-    static constexpr int kLse = kP + 2 * kPBytes;
+    static constexpr int kLse = kP + kPBytes;
     static constexpr int kDelta = kLse + cfg.num_stages * kStatBytes;
     // 16 bytes per step: twice as many as there are stages, as the step before is still of interest.
     static constexpr int kNotes = kDelta + cfg.num_stages * kStatBytes;
@@ -61,9 +61,9 @@ struct BackwardSteps {
     CUFLASH_DEVICE u32 d_out(Position at) const { return smem + Tiles::kDO + at.stage() * Tiles::dO::kBytes; }
     CUFLASH_DEVICE u32 lse(Position at) const { return smem + Tiles::kLse + at.stage() * Tiles::kStatBytes; }
     CUFLASH_DEVICE u32 delta(Position at) const { return smem + Tiles::kDelta + at.stage() * Tiles::kStatBytes; }
-    // Of these two, by turns.
+    // There are two, by turns.
     CUFLASH_DEVICE u32 ds(Position at) const { return smem + Tiles::kDS + at.count % 2 * Tiles::dS::kBytes; }
-    CUFLASH_DEVICE u32 p(Position at) const { return smem + Tiles::kP + at.count % 2 * Tiles::kPBytes; }
+    CUFLASH_DEVICE u32 p() const { return smem + Tiles::kP; }
 
     // ---- barriers ----
     CUFLASH_DEVICE u32 barrier(u32 index) const { return smem + Tiles::kBarriers + 8 * index; }

@@ -62,7 +62,7 @@ struct BackwardParams {
     char* delta;      // float workspace (batch, num_heads, rows): rowsum(d_out * out) - d_lse
     char* lse_log2;   // float workspace of the same shape: lse * log2(e), +inf where P must be 0
     char* dq_accum;   // float workspace (batch, num_heads, rows, padded head_dim), see dq_accum.cuh
-    char* semaphore;  // int workspace (batch, num_heads, m_blocks, warps), only if deterministic
+    char* semaphore;  // int workspace (batch, num_heads, m_blocks, warps or 1), only if deterministic
     char* next_tile;  // int workspace: the first tile that no thread block has taken yet
     Shape shape;
     i32 rows;          // seqlen_q rounded up to block_m of the main kernel

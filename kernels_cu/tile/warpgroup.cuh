@@ -29,11 +29,11 @@ struct MatrixDescriptor {
     CUFLASH_DEVICE u64 at(u32 offset) const { return join_words<kHigh>(low + offset); }
 };
 
-// acc = A B^T or, if kAdd, acc += A B^T, for 64 rows of A from `a` on, and all rows of B.
-template <Mma kMma, class TileA, class TileB, int kSteps, bool kAdd = false, int kN>
+// acc = A B^T for 64 rows of A from `a` on, and all rows of B.
+template <Mma kMma, class TileA, class TileB, int kSteps, int kN>
 CUFLASH_DEVICE void warpgroup_gemm_nt(float (&acc)[kN][4], MatrixDescriptor<TileA> a, MatrixDescriptor<TileB> b) {
     constexpr bool kBF16 = kMma == Mma::kBF16;
-    wgmma_ss<kBF16, kAdd, false, false>(acc, a.along_rows(0), b.along_rows(0));
+    wgmma_ss<kBF16, false, false, false>(acc, a.along_rows(0), b.along_rows(0));
 #pragma unroll
     for (int k = 1; k < kSteps; ++k)
         wgmma_ss<kBF16, true, false, false>(acc, a.along_rows(k), b.along_rows(k));
