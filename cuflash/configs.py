@@ -301,7 +301,14 @@ class BackwardWgmmaConfig(TileConfig):
         elems += (3 if self.by_role else 2) * self.block_m * self.block_n  # dS twice, and P where others need it
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
         barriers = 4 + 3 * self.kv_stages + 3 * self.num_stages
-        return 2 * elems + stats + 32 * self.num_stages + 64 * self.kv_stages + 8 * barriers
+        return 2 * elems + stats + 32 * self.num_stages + 96 * self.kv_stages + 16 + 8 * barriers
+
+    @property
+    def part_elems(self) -> int:
+        """Floats that the warps of a block have of d_k and d_v."""
+        if self.by_role:
+            return 128 * max(self.head_dim, self.head_dim_v)
+        return self.block_n * (self.head_dim + self.head_dim_v)
 
     @property
     def name(self) -> str:

@@ -213,7 +213,14 @@ class BackwardCall:
         assert layout is not None
         #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).
         self.workspace_bytes = layout.total
-        self._offsets = (layout.delta, layout.lse_log2, layout.dq_accum, layout.semaphore, layout.next_tile)
+        self._offsets = (
+            layout.delta,
+            layout.lse_log2,
+            layout.dq_accum,
+            layout.semaphore,
+            layout.counters,
+            layout.parts,
+        )
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
         block = np.zeros(1, params.PARAMS[main.params])
@@ -221,13 +228,14 @@ class BackwardCall:
         for name, strides in operands.items():
             params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
         params.fill_shape(block, problem)
-        block["rows"] = layout.rows
+        block["rows"], block["num_counters"] = layout.rows, layout.num_counters
         block["scale"], block["scale_log2"] = problem.scale, problem.scale * params.LOG2_E
         maps = None
         if isinstance(main, configs.BackwardWgmmaConfig):
             block["order"] = dataclasses.astuple(self.plans[1].order)  # type: ignore[arg-type]
+            block["tail"] = dataclasses.astuple(self.plans[1].tail)  # type: ignore[arg-type]
             maps = _backward_maps(problem, main, d_out, q, k, v)
-        pointers = (*operands, "lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore", "next_tile")
+        pointers = (*operands, "lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
         self._call = _Call(self.plans, device_id, block, pointers, maps)
 
     def __call__(

@@ -30,9 +30,10 @@ _SHAPE = np.dtype(
 _FORWARD = [*((name, _OPERAND) for name in ("q", "k", "v", "out")), ("lse", "u8"), ("shape", _SHAPE)]
 _BACKWARD = [
     *((name, _OPERAND) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
-    *((name, "u8") for name in ("lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore", "next_tile")),
+    *((name, "u8") for name in ("lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")),
     ("shape", _SHAPE),
     ("rows", "i4"),
+    ("num_counters", "i4"),
     ("scale_log2", "f4"),
     ("scale", "f8"),
 ]
@@ -40,6 +41,7 @@ _MAP = np.dtype("V128")
 _TILE_ORDER = np.dtype(
     [(name, "i4") for name in ("num_tiles", "num_blocks", "num_heads", "section", "pack")], align=True
 )
+_TILE_PARTS = np.dtype([(name, "i4") for name in ("first_tile", "tile_steps", "num_steps", "part_steps")], align=True)
 
 
 def _with_maps(fields: list[tuple[str, Any]]) -> np.dtype:
@@ -67,7 +69,12 @@ PARAMS = {
     ),
     "BackwardParams": np.dtype(_BACKWARD, align=True),
     "BackwardWgmmaParams": _with_maps(
-        [*_BACKWARD, *((name, _MAP) for name in ("d_out_map", "q_map", "k_map", "v_map")), ("order", _TILE_ORDER)]
+        [
+            *_BACKWARD,
+            *((name, _MAP) for name in ("d_out_map", "q_map", "k_map", "v_map")),
+            ("order", _TILE_ORDER),
+            ("tail", _TILE_PARTS),
+        ]
     ),
 }
 #: Stands for an open side of the band; lengths are limited so that sums with it stay inside 32 bits.

@@ -59,21 +59,33 @@ class Workspace:
     lse_log2: int
     dq_accum: int
     semaphore: int
-    next_tile: int
+    counters: int
+    parts: int
     total: int
     delta: int = 0
+    num_counters: int = 0
 
     @classmethod
-    def of(cls, problem: Problem, block_m: int, itemsize: int, dq_columns: int, semaphores: int) -> Workspace:
-        """Parts for rows in tiles of `block_m`, float32 or float64 sums, and semaphores per tile."""
+    def of(
+        cls,
+        problem: Problem,
+        block_m: int,
+        itemsize: int,
+        dq_columns: int,
+        semaphores: int,
+        num_counters: int = 0,
+        part_floats: int = 0,
+    ) -> Workspace:
+        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and what the tail needs."""
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
-        sizes = (heads * rows * itemsize,) * 2 + (heads * rows * dq_columns * 4, tiles * semaphores * 4, 4)
+        sizes = [heads * rows * itemsize] * 2
+        sizes += [n * 4 for n in (heads * rows * dq_columns, tiles * semaphores, num_counters, part_floats)]
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
-        return cls(rows, *ends[1:])
+        return cls(rows, *ends[1:], num_counters=num_counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,23 @@ class TileOrder:
     pack: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class TileParts:
+    """How the last tiles are cut into parts, so that all blocks end at the same time: ``TileParts`` of ``params.cuh``."""
+
+    first_tile: int
+    tile_steps: int = 1
+    num_steps: int = 0
+    part_steps: int = 0
+
+    @property
+    def places(self) -> int:
+        """Places in the workspace: a part takes one for each tile that it reaches into."""
+        if self.num_steps == 0:
+            return 0
+        return ceil_div(self.num_steps, self.part_steps) + self.num_steps // self.tile_steps - 1
+
+
 #: What a tile costs beside its blocks, in blocks.
 _TILE_COST = 0.75
 #: Bytes that stay in the level-2 cache of an H100 (50 MB) or H200.
@@ -95,6 +124,8 @@ _CACHE_BYTES = 40 << 20
 _SECTION_BYTES = 12 << 20
 #: Steps of a tile of keys up to which it counts that the next keys arrive meanwhile.
 _FEW_STEPS = 8
+#: Steps of the shortest part of a tile, and what a part costs beside them.
+_PART_STEPS, _PART_COST = 4, 4
 #: Tiles that are enough to see how evenly an order spreads them.
 _MAX_SIMULATED = 1 << 15
 
@@ -125,6 +156,18 @@ def _backward_order(problem: Problem, config: configs.BackwardWgmmaConfig) -> Ti
     section = 1 if all_alike else max(_SECTION_BYTES // (p.group_size * p.seqlen_q * row_bytes + 1), 1)
     num_heads = p.batch * p.num_heads_kv
     return TileOrder(num_heads * num_blocks, num_blocks, p.num_heads_kv, min(section, max(num_heads, 1)))
+
+
+def _backward_tail(problem: Problem, config: configs.BackwardWgmmaConfig, num_tiles: int, num_sms: int) -> TileParts:
+    """The tiles that are left when all blocks have had the same number of them, in parts if that ends earlier."""
+    left = num_tiles % num_sms
+    tile_steps = ceil_div(problem.seqlen_q, config.block_m) * problem.group_size
+    part_steps = max(ceil_div(left * tile_steps, num_sms), _PART_STEPS)
+    is_worth_it = part_steps + _PART_COST < 0.9 * tile_steps and left * tile_steps < 1 << 28
+    # Tiles that differ even out by themselves; parts of a tile would wait for each other in a fixed order.
+    if left == 0 or not problem.band.is_open or config.deterministic or not is_worth_it:
+        return TileParts(num_tiles)
+    return TileParts(num_tiles - left, tile_steps, left * tile_steps, part_steps)
 
 
 def _blocks(ranges: Iterable[tuple[int, int]], size: int) -> np.ndarray:
@@ -170,6 +213,7 @@ class Plan:
     grid: int
     workspace: Workspace | None = None
     order: TileOrder | None = None
+    tail: TileParts | None = None
 
     @property
     def kernel(self) -> str:
@@ -193,6 +237,9 @@ class Plan:
         if self.order is not None:
             order = f", {self.order.num_tiles:,} tiles in sections of {self.order.section} heads"
             order += f", {self.order.pack} query heads in one tile" if self.order.pack > 1 else ""
+        if self.tail is not None and self.tail.num_steps > 0:
+            tiles = self.order.num_tiles - self.tail.first_tile
+            order += f", the last {tiles} in {ceil_div(self.tail.num_steps, self.tail.part_steps)} parts"
         return (
             f"{self.config.name}\n  {self.config.cpp}\n"
             f"  grid {self.grid} x {self.block} threads, {self.smem_bytes:,} B of shared memory{workspace}{order}"
@@ -314,11 +361,16 @@ def plans_around(
     """The launch of a main kernel, and of the preprocess and convert kernels that fit it."""
     p = problem
     preprocess, convert = configs.backward_companions(main)
-    workspace = Workspace.of(p, main.block_m, 4, main.dq_columns, preprocess.semaphores)
-    tiles = workspace.rows // main.block_m * p.num_heads * p.batch
+    sizes = main.block_m, 4, main.dq_columns, preprocess.semaphores
     if isinstance(main, configs.BackwardWgmmaConfig):
         order = _backward_order(p, main)
-        middle = Plan(main, min(order.num_tiles, device.num_sms), workspace, order)
+        tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
+        # A thread block per multiprocessor; for each place of a part the warps that have d_k and d_v count themselves.
+        num_blocks = min(order.num_tiles if tail.num_steps == 0 else device.num_sms, device.num_sms)
+        workspace = Workspace.of(p, *sizes, 1 + 8 * tail.places, tail.places * main.part_elems)
+        middle = Plan(main, num_blocks, workspace, order, tail)
     else:
+        workspace = Workspace.of(p, *sizes)
         middle = Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)
+    tiles = workspace.rows // main.block_m * p.num_heads * p.batch
     return Plan(preprocess, tiles, workspace), middle, Plan(convert, tiles, workspace)

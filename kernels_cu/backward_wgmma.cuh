@@ -10,7 +10,8 @@
 //         sum over keys, in global memory:         dQ  += dS K                            [block_m, head_dim]
 // Blocks  a tile is (block_n keys, key/value head, batch), numbered by `TileOrder`; there is a thread block per
 //         multiprocessor, and each claims the next tile when it is done with the one before. The query heads that share
-//         a key/value head follow one another.
+//         a key/value head follow one another. Where all tiles are alike, the last ones, of which not every block would
+//         get one, are claimed in parts (`TileParts`), and d_k and d_v summed over them in global memory.
 // Who     warpgroup 0 produces: one thread claims tiles and orders K and V, and Q, dO and the two numbers per row of each
 //         step (attention/backward_steps.cuh); another sees to the order in which blocks add to d_q, where that is fixed.
 //         Two warpgroups consume.
@@ -169,6 +170,50 @@ struct BackwardConsumer {
         release(steps.ds_full(at));
     }
 
+    // ---- a tile of which several blocks took a part each ----
+    template <int kCols>
+    CUFLASH_DEVICE static void leave(float*& place, float const (&acc)[kCols][4]) {
+#pragma unroll
+        for (int n = 0; n < kCols; ++n, place += 128)
+            *reinterpret_cast<float4*>(place) = float4{acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
+    }
+    template <int kCols>
+    CUFLASH_DEVICE static void add(float (&acc)[kCols][4], float const*& place) {
+#pragma unroll
+        for (int n = 0; n < kCols; ++n, place += 128) {
+            float4 const x = __ldcg(reinterpret_cast<float4 const*>(place));
+            acc[n][0] += x.x;
+            acc[n][1] += x.y;
+            acc[n][2] += x.z;
+            acc[n][3] += x.w;
+        }
+    }
+    // Given all sums that this warp has of a tile: whether it is to store them. If other blocks had parts of the tile, each
+    // leaves its own in the workspace, and who comes last adds them up, in the same order whoever it is.
+    template <class... Accs>
+    CUFLASH_DEVICE bool gather(Accs&... accs) const {
+        int const num_parts = work().num_parts();
+        if (num_parts == 1) return true;
+        constexpr int kWarpElems = cfg.part_elems() / Steps::kConsumerWarps;
+        int const number = threadIdx.x / 32 - 4;  // of this warp among consumers; computed anew, as registers are scarce
+        float* const parts = reinterpret_cast<float*>(steps.params.parts) + number * kWarpElems + lane * 4;
+        float* mine = parts + work().part() * i64{cfg.part_elems()};
+        (leave(mine, accs[0]), ...);
+        __syncwarp();
+        int arrived = 0;
+        if (lane == 0) arrived = fetch_add_acq_rel(steps.arrivals(work().first_part(), number), 1);
+        if (__shfl_sync(0xffffffffu, arrived, 0) != num_parts - 1) return false;
+        (set_zero(accs), ...);
+        float const* place = parts + work().first_part() * i64{cfg.part_elems()};
+#pragma unroll 1
+        for (int i = 0; i < num_parts; ++i) {
+            float const* next = place;
+            (add(accs[0], next), ...);
+            place += cfg.part_elems();
+        }
+        return true;
+    }
+
     // ---- results: a row per key ----
     template <int kCols>
     CUFLASH_DEVICE void store_rows(Operand const& operand, float (&acc)[kCols][4], int row, int dim) const {
@@ -311,6 +356,7 @@ struct BackwardConsumer {
             }
             warpgroup_pin(dk[0]);
             warpgroup_pin(dv[0]);
+            if (!gather(dk, dv)) return;
             store_dk(dk[0], row);
             store_dv(dv[0], row);
         });
@@ -397,7 +443,7 @@ struct BackwardConsumer {
                 last_dq<0, kMine>();
             }
             warpgroup_pin(dv[0]);
-            store_dv(dv[0], 16 * warp);
+            if (gather(dv)) store_dv(dv[0], 16 * warp);
         });
     }
 
@@ -446,7 +492,7 @@ struct BackwardConsumer {
                 last_dq<kOthers, kShares>();
             }
             warpgroup_pin(dk[0]);
-            store_dk(dk[0], 16 * warp);
+            if (gather(dk)) store_dk(dk[0], 16 * warp);
         });
     }
 
@@ -474,7 +520,7 @@ CUFLASH_DEVICE void backward_wgmma(BackwardWgmmaParams const& params, u32 smem) 
     int const thread = threadIdx.x % 128;
 
     if (threadIdx.x == 0) {
-        steps.init_barriers();
+        steps.init();
         tma_prefetch(params.q_map);
         tma_prefetch(params.k_map);
         tma_prefetch(params.v_map);

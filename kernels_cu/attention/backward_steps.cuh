@@ -37,7 +37,8 @@ struct BackwardWgmmaTiles {
     // 16 bytes per step: twice as many as there are stages, as the step before is still of interest.
     static constexpr int kNotes = kDelta + cfg.num_stages * kStatBytes;
     static constexpr int kWork = kNotes + 2 * 16 * cfg.num_stages;
-    static constexpr int kBarriers = kWork + 2 * 32 * cfg.kv_stages;
+    static constexpr int kRest = kWork + 2 * 48 * cfg.kv_stages;
+    static constexpr int kBarriers = kRest + 16;
     static constexpr int kBytes = kBarriers + 8 * (4 + 3 * cfg.kv_stages + 3 * cfg.num_stages);
 };
 
@@ -78,7 +79,8 @@ struct BackwardSteps {
     CUFLASH_DEVICE u32 d_out_full(Position at) const { return barrier(kOfSteps + cfg.num_stages + at.stage()); }
     CUFLASH_DEVICE u32 empty(Position at) const { return barrier(kOfSteps + 2 * cfg.num_stages + at.stage()); }
 
-    CUFLASH_DEVICE void init_barriers() const {
+    CUFLASH_DEVICE void init() const {
+        st_shared_v2(rest(), 0, 0);
         for (u32 i = 0; i < cfg.kv_stages; ++i) {
             mbarrier_init(k_full(TilePosition{i}), 1);
             mbarrier_init(v_full(TilePosition{i}), 1);
@@ -124,19 +126,59 @@ struct BackwardSteps {
             uint2 const full = ld_shared_v2(place + 24);
             return m_block < static_cast<int>(full.x) || m_block >= static_cast<int>(full.y);
         }
+        // Steps of the tile that other blocks take before these; number of parts of the tile, and of this one and the
+        // first one in the workspace.
+        CUFLASH_DEVICE int steps_before() const { return ld_shared(place + 32); }
+        CUFLASH_DEVICE int num_parts() const { return ld_shared(place + 36); }
+        CUFLASH_DEVICE int part() const { return ld_shared(place + 40); }
+        CUFLASH_DEVICE int first_part() const { return ld_shared(place + 44); }
+        // Where these steps begin: with a tile of queries of a head of those that share the keys.
+        CUFLASH_DEVICE int first_head(int group_size) const {
+            return head_kv() * group_size + steps_before() / (last() - first());
+        }
+        CUFLASH_DEVICE int first_m_block() const { return first() + steps_before() % (last() - first()); }
     };
     CUFLASH_DEVICE Work work(TilePosition tile) const {
-        return Work{smem + Tiles::kWork + tile.count % (2 * cfg.kv_stages) * 32};
+        return Work{smem + Tiles::kWork + tile.count % (2 * cfg.kv_stages) * 48};
     }
 
     CUFLASH_DEVICE int tile_of_dq(int batch, int head, int m_block) const {
         return (batch * params.shape.num_heads + head) * (params.rows / cfg.block_m) + m_block;
     }
 
-    // The next tile that no block has taken.
+    // What is still to do of a part of the tail that reaches into several tiles: [begin, end), in steps of the tail.
+    CUFLASH_DEVICE u32 rest() const { return smem + Tiles::kRest; }
+    // How many tiles and parts have been claimed, and behind it, how often a warp came to the end of a part of a tile.
+    CUFLASH_DEVICE int* num_claimed() const { return reinterpret_cast<int*>(params.counters); }
+    CUFLASH_DEVICE int* arrivals(int part, int warp) const { return num_claimed() + 1 + part * kConsumerWarps + warp; }
+
+    // The next tile, or what belongs to one tile of the next part of the tail, that no block has taken.
     CUFLASH_DEVICE void claim(Work work) const {
-        int const tile = fetch_add(reinterpret_cast<int*>(params.next_tile), 1);
-        if (tile >= params.order.num_tiles) return st_shared(work.place + 12, static_cast<u32>(kNoMore));
+        TileParts const& tail = params.tail;
+        uint2 const left = ld_shared_v2(rest());
+        i32 begin = left.x, end = left.y;
+        int tile = tail.first_tile;
+        if (begin == end) {
+            tile = fetch_add(num_claimed(), 1);
+            if (tile >= tail.first_tile) {
+                begin = min((tile - tail.first_tile) * tail.part_steps, tail.num_steps);
+                end = min(begin + tail.part_steps, tail.num_steps);
+                if (begin == end) return st_shared(work.place + 12, static_cast<u32>(kNoMore));
+            }
+        }
+        if (tile < tail.first_tile) {
+            st_shared_v4(work.place + 32, uint4{0, 1, 0, 0});
+        } else {
+            int const n = begin / tail.tile_steps;  // of the tiles of the tail
+            tile = tail.first_tile + n;
+            // A tile has a place for each part that reaches into it, behind those of the tile before.
+            int const first = n * tail.tile_steps / tail.part_steps;
+            int const last = ((n + 1) * tail.tile_steps - 1) / tail.part_steps;
+            st_shared_v4(work.place + 32, uint4{static_cast<u32>(begin - n * tail.tile_steps),
+                                                static_cast<u32>(last - first + 1),
+                                                static_cast<u32>(begin / tail.part_steps + n), static_cast<u32>(first + n)});
+            st_shared_v2(rest(), begin, end);
+        }
         TileCoordinates const at = tile_coordinates(params.order, tile);
         // With a causal mask the first keys are seen by the most queries, so they come first. If d_q is summed in a fixed
         // order they come last: blocks wait for later keys, which are first to reach a tile of queries.
@@ -145,7 +187,12 @@ struct BackwardSteps {
         int const k_end = min(params.shape.seqlen_k, k_begin + cfg.block_n);
         BlockRange range = query_blocks(params.shape, k_begin, k_end, cfg.block_m);
         if (k_begin + cfg.block_n > params.shape.seqlen_k) range.full_last = 0;
-        int const num_steps = (range.last - range.first) * params.shape.group_size;
+        int num_steps = (range.last - range.first) * params.shape.group_size;
+        uint2 const part = ld_shared_v2(rest());
+        if (part.x != part.y) {
+            num_steps = min(num_steps - work.steps_before(), static_cast<i32>(part.y - part.x));
+            st_shared_v2(rest(), part.x + num_steps, part.y);
+        }
         st_shared_v4(work.place, uint4{static_cast<u32>(k_begin), static_cast<u32>(at.head), static_cast<u32>(at.batch),
                                        static_cast<u32>(num_steps)});
         st_shared_v4(work.place + 16, uint4{static_cast<u32>(range.first), static_cast<u32>(range.last),
@@ -171,8 +218,8 @@ struct BackwardSteps {
                 if (steps_left == kNoMore) return;
                 continue;
             }
-            int head = now.head_kv() * shape.group_size;
-            int m_block = now.first();
+            int head = now.first_head(shape.group_size);
+            int m_block = now.first_m_block();
             bool first = true;
             mbarrier_arrive_expect(k_full(tile), Tiles::K::kBytes);
             load<typename Tiles::K>(k(tile), params.k_map, k_full(tile), now.k_begin() - k_origin, now.head_kv(),
@@ -250,8 +297,9 @@ struct BackwardSteps {
             i32 const num_steps = now.num_steps();
             mbarrier_arrive(kv_empty(tile));
             if (num_steps == kNoMore) return;
-            int head = now.head_kv() * shape.group_size;
-            int m_block = now.first();
+            if (num_steps == 0) continue;
+            int head = now.first_head(shape.group_size);
+            int m_block = now.first_m_block();
             for (i32 i = 0; i < num_steps; ++i, parity ^= 1) {
                 int* const semaphore =
                     reinterpret_cast<int*>(params.semaphore) + tile_of_dq(now.batch(), head, m_block);

@@ -63,15 +63,26 @@ struct BackwardParams {
     char* lse_log2;   // float workspace of the same shape: lse * log2(e), +inf where P must be 0
     char* dq_accum;   // float workspace (batch, num_heads, rows, padded head_dim), see dq_accum.cuh
     char* semaphore;  // int workspace (batch, num_heads, m_blocks, warps or 1), only if deterministic
-    char* next_tile;  // int workspace: the first tile that no thread block has taken yet
+    char* counters;   // int workspace, zeros at first; see backward_steps.cuh
+    char* parts;      // float workspace of backward_wgmma.cuh, for what blocks that share a tile have of d_k and d_v
     Shape shape;
     i32 rows;          // seqlen_q rounded up to block_m of the main kernel
+    i32 num_counters;
     float scale_log2;  // scale * log2(e), with its sign
     double scale;
+};
+
+// The last tiles of keys, laid end to end and cut into parts of equal length, so that all blocks end at the same time.
+struct TileParts {
+    i32 first_tile;  // those before are whole
+    i32 tile_steps;  // steps of one of these tiles
+    i32 num_steps;   // of all of them
+    i32 part_steps;  // a part may go on in the next tile
 };
 
 // The first part is what the kernels before and after the main one read.
 struct BackwardWgmmaParams : BackwardParams {
     TensorMap d_out_map, q_map, k_map, v_map;  // of what somebody sees; see backward_wgmma.cuh
     TileOrder order;                           // of tiles of keys
+    TileParts tail;
 };

@@ -181,10 +181,21 @@ def check_backward(
     assert all(bits == fixed[0] for bits in fixed), "gradients depend on the schedule"
 
 
+def tail_in_parts(
+    problem: Problem, config: configs.BackwardWgmmaConfig, num_tiles: int, _num_sms: int
+) -> plan.TileParts:
+    """Two tiles in parts, one of which reaches into both: lengths that the planner divides are too long for here."""
+    if not problem.band.is_open:
+        return plan.TileParts(num_tiles)
+    steps = configs.ceil_div(problem.seqlen_q, config.block_m) * problem.group_size
+    return plan.TileParts(num_tiles - 2, steps, 2 * steps, steps // 2 + 1)
+
+
 @pytest.mark.parametrize("run", list(runs()), ids=str)
 def test_call(run: Run, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(tmp_path, programs)
     device.install(monkeypatch)
+    monkeypatch.setattr(plan, "_backward_tail", tail_in_parts)
     # The portable kernels leave less to chance: their threads do everything themselves.
     check(run, device, range(3 if run.config.arch_specific else 1))
 
