@@ -137,7 +137,7 @@ def attention(
     Notes
     -----
     float16 and bfloat16 inputs are multiplied exactly and accumulated in float32, softmax and LSE included; float32
-    is computed in float32 and float64 in float64. The forward pass is bitwise deterministic, and a result does not
+    is computed in float32 and float64 in float64. The forward pass is bitwise deterministic, and its result does not
     depend on what else is in the batch.
 
     Batch axes whose strides do not allow it to see them as a single axis are launched one after the other.

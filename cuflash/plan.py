@@ -2,7 +2,8 @@
 
 Pure: no GPU, no clock, no environment is looked at, so that a plan can be printed and tested anywhere.
 The choice depends on dtype, head dims, lengths and architecture but never on the batch, so that a sequence gets
-the same bits alone and in company.
+the same bits alone and in company. The one exception is a backward whose order of sums is free anyway: which of its
+tiles are cut into parts depends on how many there are.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Workspace:
         num_counters: int = 0,
         part_floats: int = 0,
     ) -> Workspace:
-        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and what the tail needs."""
+        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and the tail."""
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
@@ -101,7 +102,7 @@ class TileOrder:
 
 @dataclass(frozen=True, slots=True)
 class TileParts:
-    """How the last tiles are cut into parts, so that all blocks end at the same time: ``TileParts`` of ``params.cuh``."""
+    """How the last tiles are cut into parts for all blocks to end together: ``TileParts`` of ``params.cuh``."""
 
     first_tile: int
     tile_steps: int = 1

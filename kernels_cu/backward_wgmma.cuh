@@ -104,8 +104,8 @@ struct BackwardConsumer {
     }
 
     // ---- log-sum-exps or deltas of the queries of a step ----
-    // Behind additions to global memory shared memory answers late. So where there are registers they are fetched before.
-    static constexpr bool kFetchAhead = cfg.overlap && cfg.block_m <= 64 && !cfg.deterministic;
+    // Behind additions to global memory shared memory answers late. So they are fetched before, where there are registers.
+    static constexpr bool kFetchAhead = !cfg.by_role() && cfg.head_dim > 64 && !(cfg.overlap && cfg.deterministic);
     struct Numbers {
         u32 place;
         uint2 fetched[kFetchAhead ? kN : 1];

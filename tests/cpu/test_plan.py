@@ -188,6 +188,38 @@ if __name__ == "__main__":
     SNAPSHOT.write_text(snapshot())
 
 
+@given(lengths(5000), lengths(5000), st.integers(1, 40), st.sampled_from((1, 3, 8)), st.sampled_from((64, 128, 256)))
+def test_last_tiles_end_together(seqlen_q: int, seqlen_k: int, heads: int, group: int, dim: int) -> None:
+    """In parts, the tiles that are left over take no more than what all blocks together do in that time."""
+    device = DeviceInfo.of_arch(90)
+    problem = Problem("float16", 2, heads * group, heads, seqlen_q, seqlen_k, dim, dim, 1.0)
+    _, main, _ = plan_backward(problem, device)
+    assert main.order is not None
+    assert main.tail is not None
+    order, tail = main.order, main.tail
+    in_parts = order.num_tiles - tail.first_tile
+    assert tail.num_steps == in_parts * tail.tile_steps * bool(in_parts)
+    if in_parts:
+        assert tail.first_tile % device.num_sms == 0
+        assert in_parts < device.num_sms == main.grid
+        assert tail.part_steps * device.num_sms >= tail.num_steps
+        assert tail.part_steps < tail.tile_steps
+        # Tiles take as many places as parts reach into each.
+        places = sum(
+            ((n + 1) * tail.tile_steps - 1) // tail.part_steps - n * tail.tile_steps // tail.part_steps + 1
+            for n in range(in_parts)
+        )
+        assert places <= tail.places
+        assert main.workspace_bytes >= tail.places * main.config.part_elems * 4
+    for other in (
+        replace(problem, deterministic=True),
+        replace(problem, band=make_band(True, None, None, seqlen_q, seqlen_k)),
+    ):
+        tail = plan_backward(other, device)[1].tail
+        assert tail is not None
+        assert tail.num_steps == 0
+
+
 @given(
     seqlen_q=st.integers(1, 3000), seqlen_k=st.integers(1, 3000), heads=st.integers(1, 40), batch=st.integers(1, 9),
     is_causal=st.booleans(), window=st.one_of(st.none(), st.tuples(st.integers(0, 500), st.integers(0, 500))),
