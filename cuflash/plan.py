@@ -86,7 +86,8 @@ class Workspace:
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
-        return cls(rows, *ends[1:], num_counters=num_counters)
+        lse_log2, dq_accum, semaphore, counters, parts, total = ends[1:]
+        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,7 @@ class Plan:
             order = f", {self.order.num_tiles:,} tiles in sections of {self.order.section} heads"
             order += f", {self.order.pack} query heads in one tile" if self.order.pack > 1 else ""
         if self.tail is not None and self.tail.num_steps > 0:
-            tiles = self.order.num_tiles - self.tail.first_tile
+            tiles = self.tail.num_steps // self.tail.tile_steps
             order += f", the last {tiles} in {ceil_div(self.tail.num_steps, self.tail.part_steps)} parts"
         return (
             f"{self.config.name}\n  {self.config.cpp}\n"
