@@ -41,7 +41,9 @@ SUITES = {
     "compile": Suite("compile_time", "time to the first result, cold and warm cache", ("dims", "providers", "rounds")),
     "memory": Suite("memory", "bytes beyond inputs and outputs", ("dims", "lens", "dtype", "providers")),
     "cpu": Suite("cpu", "CPU path, two threads", ("dims", "lens", "providers", "rounds")),
-    "tune": Suite("tune", "tiles of the Hopper forward beside cuDNN", ("dims", "lens", "rounds", "write"), "tuning"),
+    "tune": Suite(
+        "tune", "tiles of the Hopper kernels beside cuDNN", ("dims", "lens", "rounds", "measure", "write"), "tuning"
+    ),
 }
 
 
@@ -78,6 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--providers", type=_words, default=(), help="contestants, comma-separated")
         if "rounds" in suite.options:
             command.add_argument("--rounds", type=int, help="how often each contestant is measured")
+        if "measure" in suite.options:
+            measures = ("forward", "backward")
+            command.add_argument("--measure", choices=measures, default=measures[0], help="what the tiles compute")
         if "write" in suite.options:
             command.add_argument("--write", action="store_true", help="put the winners into cuflash/configs.py")
         command.add_argument("--kernel", default="auto", help="kernel family that cuflash may choose (CUFLASH_KERNEL)")
@@ -117,7 +122,9 @@ def run_suite(asked: argparse.Namespace) -> int:
         return 2
     module = importlib.import_module(f".{suite.module}", __package__)
     measured = module.run(module.Options(quick=asked.quick, **chosen))
-    results = rows.Results(asked.command, found, {"quick": asked.quick, "kernel": asked.kernel, **chosen}, measured)
+    # A suite of several measures, of which each run is about one, keeps a file for each.
+    name = f"{asked.command}-{asked.measure}" if "measure" in suite.options else asked.command
+    results = rows.Results(name, found, {"quick": asked.quick, "kernel": asked.kernel, **chosen}, measured)
     if asked.out is not None or not asked.quick:
         folder = asked.out or FOLDER / suite.folder / context.slug(context.device_name(asked.command, found))
         print(f"kept in {results.save(folder)}")

@@ -6,16 +6,19 @@ import importlib
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bench import report
-from bench.__main__ import SUITES, make_parser
+from bench.__main__ import SUITES, main, make_parser
 from bench.rows import Results, Row, load_all
 from bench.shapes import Workload, default_grid, grid
 from bench.timing import Call, Spread, WallTimer, shuffled_rounds
 from cuflash import configs
+from cuflash.plan import DeviceInfo
+from tests.cpu.test_functional import HostLaunches
 
 CONTEXT = {
     "date": "2030-01-02 03:04 UTC",
@@ -229,6 +232,10 @@ def test_every_suite_parses_its_options_and_refuses_others(capsys):
         parser.parse_args(["forward", "--dtype", "int8"])
     assert parser.parse_args(["tune", "--write"]).write
     assert not parser.parse_args(["tune"]).write
+    assert parser.parse_args(["tune"]).measure == "forward"
+    assert parser.parse_args(["tune", "--measure", "backward"]).measure == "backward"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["tune", "--measure", "step"])
     assert "none of float16, bfloat16, float32" in capsys.readouterr().err
 
 
@@ -239,6 +246,19 @@ def test_every_suite_takes_the_options_that_it_is_given():
         asked = parser.parse_args([name])
         options = importlib.import_module(f"bench.{suite.module}").Options
         assert options(**{option: getattr(asked, option) for option in suite.options}).num_rounds() > 0
+
+
+def test_each_measure_of_tune_has_a_file(tmp_path, monkeypatch):
+    from bench import context
+
+    tune, _ = tune_modules()
+    monkeypatch.setenv("CUFLASH_KERNEL", "auto")  # which `main` sets
+    monkeypatch.setattr(context, "collect", lambda _: CONTEXT)
+    monkeypatch.setattr(tune, "run", lambda options: [timed("cuflash", 1e-3, measure=options.measure)])
+    for measure in ("forward", "backward"):
+        assert main(["tune", "--measure", measure, "--out", str(tmp_path)]) == 0
+    assert [path.name for path in sorted(tmp_path.glob("*.json"))] == ["tune-backward.json", "tune-forward.json"]
+    assert [run.rows[0].measure for run in load_all(tmp_path)] == ["backward", "forward"]
 
 
 # --- answers and contestants, which need PyTorch -----------------------------------------------------
@@ -355,82 +375,148 @@ def test_cpu_contestants_are_right(name, is_causal):
 # --- tiles ----------------------------------------------------------------------------------------
 
 
-def tune_module():
-    """The suite that sweeps tiles, which imports PyTorch."""
-    pytest.importorskip("torch")
-    from bench import tune
+MEASURES = ("forward", "backward")
 
-    return tune
+
+def tune_modules():
+    """The suite that sweeps tiles and what it knows of them, which import PyTorch."""
+    pytest.importorskip("torch")
+    from bench import tiles, tune
+
+    return tune, tiles
+
+
+def tiles_of(measure, head_dim=64, head_dim_v=64):
+    _, tiles = tune_modules()
+    return tiles.TILES[measure](head_dim, head_dim_v)
+
+
+def present_tiles(measure, pair):
+    """Tiles of the table."""
+    if measure == "forward":
+        return [tile for tile, _ in configs.forward_wgmma_configs("bf16", *pair, True)]
+    return [*configs.backward_wgmma_configs("bf16", *pair, False)]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("pair", configs.HEAD_DIM_PAIRS)
+def test_candidates_fit_the_device_and_begin_with_the_present_tiles(pair, measure):
+    tiles = tiles_of(measure, *pair)
+    candidates, present = tiles.candidates(), present_tiles(measure, pair)
+    assert candidates[: len(present)] == present == tiles.present()
+    assert {*candidates} == {*present, *tiles.others()}
+    assert list(tiles.by_name().values()) == candidates
+    assert all(configs.feasible(tile, 90) for tile in candidates)
 
 
 @pytest.mark.parametrize("pair", configs.HEAD_DIM_PAIRS)
-def test_candidates_fit_the_device_and_begin_with_the_present_tiles(pair):
-    tune = tune_module()
-    tiles = tune.candidates(*pair)
-    present = [tile for tile, _ in configs.forward_wgmma_configs("bf16", *pair, True)]
-    assert tiles[: len(present)] == present == tune.present(*pair)
-    others = tiles[len(present) :]
+def test_forward_candidates_have_the_most_stages_that_fit(pair):
+    _, module = tune_modules()
+    tiles = module.ForwardTiles(*pair)
+    others = [*tiles.others()]
     assert {64, 128} <= {tile.block_m for tile in others} <= {64, 128, 192}
-    assert len({tune.name(tile) for tile in tiles}) == len(tiles)
     for tile in others:
-        assert configs.feasible(tile, 90)
-        assert tune.registers(tile) <= tune.CONSUMER_REGISTERS[tile.block_m]
+        assert tiles.registers(tile) <= module.FORWARD_REGISTERS[tile.block_m]
         assert not (tile.ping_pong and tile.block_m == 64)
     expected = set()
     for shape in {replace(tile, num_stages=4) for tile in others}:
         fitting = [tile for n in (4, 3, 2) if configs.feasible(tile := replace(shape, num_stages=n), 90)]
         expected |= {*fitting[:2]}
-    assert {*others} == expected - {*present}
-
-
-def test_register_estimate_counts_scores_weights_and_output():
-    tune = tune_module()
-    tile = configs.ForwardWgmmaConfig("bf16", "tma", 192, 128, 128, 96)
-    assert tune.registers(tile) == 96 * 64 // 128 + 96 * 64 // 2 // 128 + 128 * 64 // 128 + 32
+    assert {*others} == expected
 
 
 @pytest.mark.parametrize("pair", configs.HEAD_DIM_PAIRS)
-def test_register_estimate_admits_the_present_tiles(pair):
-    tune = tune_module()
-    for tile in tune.present(*pair):
-        assert tune.registers(tile) <= tune.CONSUMER_REGISTERS[tile.block_m]
+def test_backward_candidates_are_what_the_kernel_computes(pair):
+    _, module = tune_modules()
+    tiles = module.BackwardTiles(*pair)
+    others = [*tiles.others()]
+    assert others
+    for tile in others:
+        assert tiles.registers(tile) <= module.BACKWARD_REGISTERS
+        assert (tile.kv_stages, tile.num_stages, tile.block_m % 16) in {(kv, q, 0) for kv in (1, 2) for q in (2, 3)}
+        if tile.by_role:  # the second warpgroup has columns of d_q from 64 on
+            assert tile.head_dim > 64
+            assert not tile.overlap
+        else:  # 64 rows of d_q for each warpgroup, or 64 columns
+            assert tile.block_m == 128 or 64 < tile.head_dim <= 128
+    both = {replace(tile, overlap=not tile.overlap) for tile in others if not tile.by_role}
+    assert both <= {*others}
+    assert bool(both) == (pair[0] <= 128)
+
+
+def test_register_estimates_count_what_a_thread_holds():
+    tile = configs.ForwardWgmmaConfig("bf16", "tma", 192, 128, 128, 96)
+    scores, weights, out = 96 * 64 // 128, 96 * 64 // 2 // 128, 128 * 64 // 128
+    assert tiles_of("forward").registers(tile) == scores + weights + out + 32
+    by_role = configs.BackwardWgmmaConfig("bf16", "tma", 192, 128, 48, 64)
+    assert tiles_of("backward").registers(by_role) == 192 * 64 // 128 + 2 * (48 * 64 // 128) + 32
+    by_keys = replace(by_role, block_n=128)
+    assert tiles_of("backward").registers(by_keys) == (192 + 128) * 64 // 128 + 2 * (48 * 64 // 128) + 32
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("pair", configs.HEAD_DIM_PAIRS)
+def test_register_estimates_admit_the_present_tiles(pair, measure):
+    _, module = tune_modules()
+    tiles = tiles_of(measure, *pair)
+    for tile in tiles.present():
+        limit = module.FORWARD_REGISTERS[tile.block_m] if measure == "forward" else module.BACKWARD_REGISTERS
+        assert tiles.registers(tile) <= limit
 
 
 def test_head_dims_are_those_of_kernels():
-    tune = tune_module()
+    tune, _ = tune_modules()
     assert tune.select_pairs(()) == list(configs.HEAD_DIM_PAIRS)
     assert tune.select_pairs((192, 64)) == [(64, 64), (192, 128), (192, 192)]
     with pytest.raises(ValueError, match="head_dim 80; known: "):
         tune.select_pairs((64, 80))
 
 
-def test_winners_become_entries_of_the_table_and_nothing_else_changes():
-    tune = tune_module()
+def present_entry(measure, pair):
+    """What the table says of a pair of head dims, put together from its tiles."""
+    tiles = present_tiles(measure, pair)
+    if measure == "backward":
+        return tuple((t.block_m, t.block_n, t.kv_stages, t.num_stages, t.overlap) for t in tiles)
+    costs = [cost for _, cost in configs.forward_wgmma_configs("bf16", *pair, True)]
+    rows = ((t.block_m, t.num_stages, t.q_stages, t.ping_pong, cost) for t, cost in zip(tiles, costs, strict=True))
+    return tiles[0].block_n, tuple(rows)
+
+
+@pytest.mark.parametrize(
+    ("measure", "winners", "longest"),
+    [
+        (
+            "forward",
+            {
+                (64, 64): (144, ((128, 4, 1, False, 1.01), (64, 4, 1, False, 0.6))),
+                (96, 96): (96, ((128, 4, 2, True, 1.01),)),
+            },
+            (128, tuple((block_m, 4, 2, False, 0.79) for block_m in (192, 128, 64))),
+        ),
+        (
+            "backward",
+            {(64, 64): ((80, 112, 1, 2, False), (96, 64, 2, 3, True)), (96, 96): ((112, 64, 1, 3, False),)},
+            ((128, 128, 2, 3, False), (128, 128, 2, 3, False)),
+        ),
+    ],
+)
+def test_winners_become_entries_of_the_table_and_nothing_else_changes(measure, winners, longest):
+    tune, _ = tune_modules()
+    name = tiles_of(measure).table
     text = tune.TABLE_FILE.read_text(encoding="utf-8")
-    present = {}
-    for pair in configs.HEAD_DIM_PAIRS:
-        tiles = configs.forward_wgmma_configs("bf16", *pair, True)
-        rows = tuple((t.block_m, t.num_stages, t.q_stages, t.ping_pong, cost) for t, cost in tiles)
-        present[pair] = tiles[0][0].block_n, rows
-    assert tune.rewritten(text, {}) == tune.rewritten(text, present) == text
-    winners = {
-        (64, 64): (144, ((128, 4, 1, False, 1.0), (64, 4, 1, False, 0.6))),
-        (96, 96): (96, ((128, 4, 2, True, 1.0),)),
-    }
-    changed = tune.rewritten(text, winners)
+    present = {pair: present_entry(measure, pair) for pair in configs.HEAD_DIM_PAIRS}
+    assert tune.rewritten(text, name, {}) == tune.rewritten(text, name, present) == text
+    changed = tune.rewritten(text, name, winners)
     lines = zip(text.splitlines(), changed.splitlines(), strict=True)
-    assert [after for before, after in lines if before != after] == [
-        "    (64, 64): (144, ((128, 4, 1, False, 1.0), (64, 4, 1, False, 0.6))),",
-        "    (96, 96): (96, ((128, 4, 2, True, 1.0),)),",
-    ]
-    longest = {(192, 128): (128, tuple((block_m, 4, 2, False, 0.79) for block_m in (192, 128, 64)))}
-    assert max(map(len, tune.table_lines(longest))) <= 120
-    with pytest.raises(ValueError, match="no literal"):
-        tune.rewritten("_FORWARD_16BIT = {\n}\n", {})
+    assert [after for before, after in lines if before != after] == tune.table_lines(winners)
+    assert tune.rewritten(changed, name, present) == text
+    assert max(map(len, tune.table_lines({(192, 128): longest}))) <= 120
+    with pytest.raises(ValueError, match=f"no literal {name}"):
+        tune.rewritten("_FORWARD_16BIT = {\n}\n", name, {})
 
 
 def test_ranking_is_by_geometric_mean_of_those_timed_everywhere():
-    tune = tune_module()
+    tune, _ = tune_modules()
     rows = [timed(tune.YARDSTICK, 4e-3), timed("cuflash-a", 2e-3), timed("cuflash-b", 8e-3), timed("cuflash-c", 1e-3)]
     rows += [timed("cuflash-a", 2e-3, CAUSAL), timed("cuflash-b", 1e-4, CAUSAL)]  # the yardstick declines
     ranked = tune.ranking(rows)
@@ -440,18 +526,31 @@ def test_ranking_is_by_geometric_mean_of_those_timed_everywhere():
     assert tune.ranking([]) == {}
 
 
-def tile_rows(tune, times, workload):
-    """Rows of tiles (block_m, block_n, num_stages) on a workload, in units of 1 ms."""
-    rows = [timed(tune.name(tune_tile(*tile)), 1e-3 * value, workload) for tile, value in times.items()]
-    return [*rows, timed(tune.YARDSTICK, 1e-3, workload)]
-
-
-def tune_tile(block_m, block_n, num_stages):
+def forward_tile(block_m, block_n, num_stages):
     return configs.ForwardWgmmaConfig("bf16", "tma", 64, 64, block_m, block_n, num_stages, 1, block_m > 64)
 
 
-def test_entry_has_the_winner_and_the_fastest_smaller_tiles_of_its_block_n():
-    tune = tune_module()
+@pytest.fixture
+def entry_of(monkeypatch):
+    """The entry that tiles become, given their times by workload in units of 1 ms."""
+    tune, module = tune_modules()
+
+    def entry(measure, times):
+        tiles = tiles_of(measure)
+        rows = [timed(tune.YARDSTICK, 1e-3, workload) for workload in times]
+        for workload, case in times.items():
+            rows += [timed(tiles.name(tile), 1e-3 * value, workload) for tile, value in case.items()]
+        candidates = list(dict.fromkeys(tile for case in times.values() for tile in case))
+        monkeypatch.setattr(module.TILES[measure], "candidates", lambda _: candidates)
+        return tiles.entry(tune.ranking(rows))
+
+    return entry
+
+
+LONG, LONG_CAUSAL = (replace(workload, seqlen_q=4096, seqlen_k=4096) for workload in (FULL, CAUSAL))
+
+
+def test_forward_entry_has_the_winner_and_the_fastest_smaller_tiles_of_its_block_n(entry_of):
     full = {
         (64, 128, 4): 0.5,  # the fastest of all, but not to be first
         (192, 96, 2): 1.0,
@@ -462,79 +561,116 @@ def test_entry_has_the_winner_and_the_fastest_smaller_tiles_of_its_block_n():
         (64, 96, 4): 1.5,
         (64, 96, 3): 1.6,
     }
-    causal = full | {(128, 96, 2): 1.0, (64, 96, 3): 2.0}  # the first of them is faster by the mean over cells
-    long = replace(FULL, seqlen_q=4096, seqlen_k=4096)
-    rows = [row for workload in (FULL, long) for row in tile_rows(tune, full, workload)]
-    rows += [row for workload in (CAUSAL, replace(long, is_causal=True)) for row in tile_rows(tune, causal, workload)]
-    tiles = [tune_tile(*tile) for tile in full]
+    full = {forward_tile(*tile): value for tile, value in full.items()}
+    fastest = forward_tile(128, 96, 2)  # by the mean over workloads
+    causal = full | {fastest: 1.0, forward_tile(64, 96, 3): 2.0}
     costs = (1.0, 0.86, 0.5)  # 1.29 * 128 / 192, 1.5 * 64 / 192
     shapes = ((192, 2, 1, True), (128, 2, 1, True), (64, 4, 1, False))
     expected = tuple((*shape, cost) for shape, cost in zip(shapes, costs, strict=True))
-    assert tune.entry(tune.ranking(rows), tiles) == (96, expected)
+    times = {FULL: full, LONG: full, CAUSAL: causal, LONG_CAUSAL: causal}
+    assert entry_of("forward", times) == (96, expected)
     # Cost is the ratio on the longest full workload, whatever the others say.
-    rows = [
-        replace(row, median=row.median * 1.1) if "-128x96-s2" in row.provider and row.workload == FULL else row
-        for row in rows
-    ]
-    assert tune.entry(tune.ranking(rows), tiles) == (96, expected)
+    assert entry_of("forward", times | {FULL: full | {fastest: 1.29 * 1.1}}) == (96, expected)
 
 
-def test_entry_has_no_row_above_its_first_and_none_without_a_tile():
-    tune = tune_module()
+def test_forward_entry_has_no_row_above_its_first_and_none_without_a_tile(entry_of):
     times = {(128, 96, 2): 1.0, (192, 96, 2): 1.5, (192, 128, 2): 1.6, (64, 128, 4): 2.0}
-    tiles = [tune_tile(*tile) for tile in times]
-    ranked = tune.ranking(tile_rows(tune, times, FULL))
-    assert tune.entry(ranked, tiles) == (96, ((128, 2, 1, True, 1.0),))
-    assert tune.entry(tune.ranking(tile_rows(tune, {(64, 128, 4): 1.0}, FULL)), tiles) is None
-    assert tune.entry({}, tiles) is None
+    times = {forward_tile(*tile): value for tile, value in times.items()}
+    assert entry_of("forward", {FULL: times}) == (96, ((128, 2, 1, True, 1.0),))
+    assert entry_of("forward", {FULL: {forward_tile(64, 128, 4): 1.0}}) is None
+    assert entry_of("forward", {}) is None
+
+
+def test_backward_entry_has_a_row_for_short_sequences_where_another_tile_is_best(entry_of):
+    first, deep, other = (128, 128, 1, 2, True), (128, 128, 2, 2, True), (64, 64, 2, 3, False)
+
+    def times(*values):
+        tiles = (configs.BackwardWgmmaConfig("bf16", "tma", 64, 64, *row) for row in (first, deep, other))
+        return dict(zip(tiles, values, strict=True))
+
+    long = {LONG: times(1.0, 1.2, 2.0), LONG_CAUSAL: times(1.0, 1.2, 2.0)}
+    assert entry_of("backward", {FULL: times(1.0, 0.9, 1.0), CAUSAL: times(1.0, 0.9, 1.0), **long}) == (first, deep)
+    # By the mean of full and causal, and not by what is noise.
+    assert entry_of("backward", {FULL: times(1.0, 0.9, 1.05), CAUSAL: times(1.0, 1.2, 0.9), **long}) == (first, other)
+    assert entry_of("backward", {FULL: times(1.0, 0.98, 1.1), CAUSAL: times(1.0, 1.01, 1.1), **long}) == (first,)
+    assert entry_of("backward", {FULL: times(1.0, 0.995, 1.1), CAUSAL: times(1.0, 0.995, 1.1), **long}) == (first,)
+    # Who is best everywhere needs no other row, nor has who was timed at one length.
+    assert entry_of("backward", {FULL: times(1.0, 1.1, 1.1), CAUSAL: times(1.0, 1.1, 1.1), **long}) == (first,)
+    assert entry_of("backward", {FULL: times(1.0, 1.1, 0.9), CAUSAL: times(1.0, 1.1, 0.9)}) == (other,)
+    assert entry_of("backward", {}) is None
 
 
 def test_summary_shows_the_best_and_the_present_tiles():
-    tune = tune_module()
-    present = tune.present(128, 128)
-    others = tune.candidates(128, 128)[len(present) :]
+    tune, _ = tune_modules()
+    tiles = tiles_of("forward", 128, 128)
+    present = tiles.present()
+    others = tiles.candidates()[len(present) :]
     ordered = [present[0], *others, *present[1:]]
-    rows = [timed(tune.name(tile), 1e-3 * (1 + place)) for place, tile in enumerate(ordered)]
-    lines = tune.summary(128, 128, tune.ranking([*rows, timed(tune.YARDSTICK, 1e-3)])).splitlines()
+    rows = [timed(tiles.name(tile), 1e-3 * (1 + place)) for place, tile in enumerate(ordered)]
+    lines = tune.summary(tiles, tune.ranking([*rows, timed(tune.YARDSTICK, 1e-3)])).splitlines()
     assert lines[2] == "| tile | score | 128 full |"
-    names = [tune.name(tile).removeprefix("cuflash-") for tile in ordered]
+    names = [tiles.name(tile).removeprefix("cuflash-") for tile in ordered]
     assert lines[4] == f"| {names[0]} (present) | 1.000 | 1.000 |"
     assert lines[5] == f"| {names[1]} | 0.500 | 0.500 |"
     assert len(lines) == 4 + tune.BEST + len(present) - 1
     assert lines[-1].startswith(f"| {names[-1]} (present) |")
 
 
+@pytest.fixture
+def host_launches(monkeypatch):
+    """Launches that are NumPy; by `change` of a configuration and a problem, other problems than those asked for."""
+    torch = pytest.importorskip("torch")
+    _, module = tune_modules()
+    launches = HostLaunches()
+
+    def install(change):
+        def forward(problem, device_id, *strides, plan):
+            return launches.ForwardCall(change(plan.config, problem), device_id, *strides)
+
+        def backward(problem, device_id, *strides, plans):
+            return launches.BackwardCall(change(plans[1].config, problem), device_id, *strides)
+
+        monkeypatch.setattr(module, "ForwardCall", forward)
+        monkeypatch.setattr(module, "BackwardCall", backward)
+        monkeypatch.setattr(module.DeviceInfo, "current", DeviceInfo.of_arch)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 90)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+        return launches.log
+
+    return install
+
+
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("head_dim_v", [32, 64])
-def test_sweep_times_only_tiles_that_neither_spill_nor_err(head_dim_v, monkeypatch, capsys):
-    tune = tune_module()
+def test_sweep_times_only_tiles_that_neither_spill_nor_err(head_dim_v, measure, host_launches, monkeypatch, capsys):
+    tune, _ = tune_modules()
     from bench import shapes
 
-    tiles = dict(zip(("right", "spilling", "wrong", "broken"), tune.candidates(64, 64), strict=False))
-    names = {key: tune.name(tile) for key, tile in tiles.items()}
+    tiles = tiles_of(measure, 64, head_dim_v)
+    compete = dict(zip(("right", "spilling", "wrong", "broken"), tiles_of(measure).candidates(), strict=False))
+    names = {key: tiles.name(tile) for key, tile in compete.items()}
 
-    def tile_call(tile, workload, inputs):
-        import torch
-
-        assert tile != tiles["spilling"]
-        if tile == tiles["broken"]:
+    def change(config, problem):
+        assert config != compete["spilling"]
+        if config == compete["broken"]:
             raise RuntimeError("no such kernel")
-        factor = 2.0 if tile == tiles["wrong"] else 1.0
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        return Call(lambda: (factor * sdpa(inputs.q, inputs.k, inputs.v, is_causal=workload.is_causal),))
+        return replace(problem, scale=2 * problem.scale) if config == compete["wrong"] else problem
 
-    monkeypatch.setattr(tune, "candidates", lambda *_: list(tiles.values()))
+    log = host_launches(change)
+    monkeypatch.setattr(type(tiles), "candidates", lambda _: list(compete.values()))
     monkeypatch.setattr(tune, "local_bytes", lambda _: dict.fromkeys(names.values(), 0) | {names["spilling"]: 8})
-    monkeypatch.setattr(tune, "tile_call", tile_call)
+    monkeypatch.setattr(tune, "DTYPE", "float16")  # NumPy knows no bfloat16
     monkeypatch.setattr(tune, "YARDSTICK", "sdpa-math")
     monkeypatch.setattr(tune, "SMALL", (1, 2, 24))
     monkeypatch.setattr(shapes, "NUM_TOKENS", 32)
     monkeypatch.setattr(shapes, "HIDDEN_SIZE", 128)
-    rows = tune.sweep(64, head_dim_v, (32,), WallTimer(), 2, device="cpu")
+    rows = tune.sweep(tiles, (32,), WallTimer(), 2, device="cpu")
     first = {row.provider: row.status for row in rows if row.measure == tune.FIRST and not row.is_causal}
     assert first == dict(zip(names.values(), ("ok", "skipped", "wrong", "failed"), strict=True))
     later = [row for row in rows if row.measure != tune.FIRST]
     assert [row.provider for row in later] == [names["right"], "sdpa-math"] * 2
-    assert all(row.median > 0 for row in later)
+    assert all(row.median > 0 and row.measure.startswith(measure) for row in later)
     assert all((row.tflops is None) == (head_dim_v != 64) for row in later)
     assert list(tune.ranking(rows)) == [names["right"]]
-    assert capsys.readouterr().out.startswith(f"{names['right']} on bfloat16 1x2x24x64 full\n")
+    assert {*log} == {(measure, 90, 7)}
+    assert capsys.readouterr().out.startswith(f"{names['right']} on float16 1x2x24x64 full\n")

@@ -7,7 +7,11 @@
 namespace emulator {
 
 SharedMemory::SharedMemory(u32 bytes)
-    : memory(bytes), readers(bytes / kChunk), writers(bytes / kChunk), is_barrier(bytes / 8), stores(bytes / 4) {
+    : memory(bytes),
+      readers((bytes + kChunk - 1) / kChunk),
+      writers((bytes + kChunk - 1) / kChunk),
+      is_barrier(bytes / 8),
+      stores(bytes / 4) {
     fill(0, bytes, kEmpty);
 }
 
