@@ -89,11 +89,11 @@ def check_step(workload: Workload, provider: Provider, device: str) -> float:
 def run(options: Options) -> list[Row]:
     """Causal blocks of constant hidden size and token count."""
     providers = select(options.providers or GPU_PROVIDERS)
-    lengths = options.lens or ((4096,) if options.quick else (2048, 8192, 16384))
+    lengths = options.lens or ((4096,) if options.quick else (4096, 16384))
     timer = CudaTimer()
     rows = []
     for dtype in options.dtype or ("bfloat16",):
-        for workload in grid(dtype, options.dims or (128,), lengths):
+        for workload in grid(dtype, options.dims or (64, 128), lengths):
             if workload.is_causal:
                 rows += _run_workload(workload, providers, timer, options.num_rounds())
     return rows
