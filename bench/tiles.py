@@ -138,8 +138,8 @@ class ForwardTiles(Tiles[ForwardWgmmaConfig]):
 
         def forward() -> tuple[Tensor, ...]:
             out = torch.empty_like(d_out)
-            parts: list[int] = [*pointers(q, k, v, out), 0, torch.cuda.current_stream().cuda_stream]
-            launch(*parts)
+            arguments: list[int] = [*pointers(q, k, v, out), 0, torch.cuda.current_stream().cuda_stream]
+            launch(*arguments)
             return (out,)
 
         return Call(forward)
@@ -212,8 +212,8 @@ class BackwardTiles(Tiles[BackwardWgmmaConfig]):
             gradients = tuple(torch.empty_like(operand) for operand in (q, k, v))
             workspace = q.new_empty(launch.workspace_bytes, dtype=torch.uint8)
             stream = torch.cuda.current_stream().cuda_stream
-            parts: list[int] = [*pointers(d_out, q, k, v, out, lse), 0, *pointers(*gradients, workspace), stream]
-            launch(*parts)
+            arguments: list[int] = [*pointers(d_out, q, k, v, out, lse), 0, *pointers(*gradients, workspace), stream]
+            launch(*arguments)
             return gradients
 
         return Call(backward)

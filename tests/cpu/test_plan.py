@@ -184,10 +184,6 @@ def test_planning_needs_no_gpu_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-if __name__ == "__main__":
-    SNAPSHOT.write_text(snapshot())
-
-
 @given(lengths(5000), lengths(5000), st.integers(1, 40), st.sampled_from((1, 3, 8)), st.sampled_from((64, 128, 256)))
 def test_last_tiles_end_together(seqlen_q: int, seqlen_k: int, heads: int, group: int, dim: int) -> None:
     """In parts, the tiles that are left over take no more than what all blocks together do in that time."""
@@ -210,6 +206,8 @@ def test_last_tiles_end_together(seqlen_q: int, seqlen_k: int, heads: int, group
             for n in range(in_parts)
         )
         assert places <= tail.places
+        # The last part of the last tile has the last place.
+        assert (tail.num_steps - 1) // tail.part_steps + in_parts == tail.places
         assert main.workspace_bytes >= tail.places * main.config.part_elems * 4
     for other in (
         replace(problem, deterministic=True),
@@ -247,3 +245,7 @@ def test_blocks_get_equal_work(
     makespan = planning._makespan(work, batch * heads, order.section, plan.grid)
     ideal = work.sum() * batch * heads / plan.grid
     assert makespan <= 1.1 * ideal + 2 * work.max()
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(snapshot())
