@@ -304,13 +304,6 @@ class BackwardWgmmaConfig(TileConfig):
         return 2 * elems + stats + 32 * self.num_stages + 96 * self.kv_stages + 16 + 8 * barriers
 
     @property
-    def part_elems(self) -> int:
-        """Floats that the warps of a block have of d_k and d_v."""
-        if self.by_role:
-            return 128 * max(self.head_dim, self.head_dim_v)
-        return self.block_n * (self.head_dim + self.head_dim_v)
-
-    @property
     def name(self) -> str:
         stages = f"kv{self.kv_stages}_s{self.num_stages}{'_overlap' if self.overlap else ''}"
         return f"{self.tile_name}_{stages}_{self.copy}{'_deterministic' if self.deterministic else ''}"
@@ -372,6 +365,43 @@ class BackwardConvertConfig(Config):
         return (
             f"attention_backward_convert_{self.mma}_d{self.head_dim}_m{self.block_m}_w{self.num_warps}"
             f"_q{self.dq_warps_m}_r{self.reduce_width}{'_t' if self.transposed else ''}_{self.copy}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardGatherConfig(Config):
+    """``backward_gather.cuh``."""
+
+    mma: str
+    head_dim: int
+    head_dim_v: int
+    block_n: int
+    deterministic: bool
+    num_warps: int
+    min_blocks: int = 1
+
+    header: ClassVar[str] = "backward_gather.cuh"
+    function: ClassVar[str] = "backward_gather"
+    params: ClassVar[str] = "BackwardWgmmaParams"
+    #: Warps of the main kernel that have d_k and d_v; a block sums up what one of them had.
+    main_warps: ClassVar[int] = 8
+
+    @property
+    def smem_bytes(self) -> int:
+        return 0
+
+    @property
+    def place_elems(self) -> int:
+        """Floats that a block of the main kernel leaves of a tile: ``PartAccum`` of ``tile_parts.cuh``."""
+        if self.block_n == 64:
+            return 128 * max(self.head_dim, self.head_dim_v)
+        return self.block_n * (self.head_dim + self.head_dim_v)
+
+    @property
+    def name(self) -> str:
+        return (
+            f"attention_backward_gather_{self.mma}_d{self.head_dim}_dv{self.head_dim_v}_n{self.block_n}"
+            f"{'_deterministic' if self.deterministic else ''}"
         )
 
 
@@ -739,6 +769,11 @@ def backward_companions(
     )
 
 
+def backward_gather_config(main: BackwardWgmmaConfig) -> BackwardGatherConfig:
+    """The kernel for tiles of keys that blocks of the main one share."""
+    return BackwardGatherConfig(main.mma, main.head_dim, main.head_dim_v, main.block_n, main.deterministic, 4)
+
+
 # A block of 16 threads per row: 64 rows by 8 warps, or 32 rows by 4 warps where a number takes two registers.
 # `columns` is how much of an output row stays in registers, in multiples of 64. Beyond it the scores are computed
 # again per chunk; below it, work would go into columns that do not exist.
@@ -798,3 +833,5 @@ def _all_configs(arch: int) -> Iterator[Config]:
                         for main in mains:
                             yield main
                             yield from backward_companions(main)
+                            if isinstance(main, BackwardWgmmaConfig) and not main.deterministic:
+                                yield backward_gather_config(main)

@@ -213,14 +213,8 @@ class BackwardCall:
         assert layout is not None
         #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).
         self.workspace_bytes = layout.total
-        self._offsets = (
-            layout.delta,
-            layout.lse_log2,
-            layout.dq_accum,
-            layout.semaphore,
-            layout.counters,
-            layout.parts,
-        )
+        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
+        self._offsets = [getattr(layout, name) for name in scratch]
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
         block = np.zeros(1, params.PARAMS[main.params])
@@ -235,8 +229,7 @@ class BackwardCall:
             block["order"] = dataclasses.astuple(self.plans[1].order)  # type: ignore[arg-type]
             block["tail"] = dataclasses.astuple(self.plans[1].tail)  # type: ignore[arg-type]
             maps = _backward_maps(problem, main, d_out, q, k, v)
-        pointers = (*operands, "lse", "d_lse", "delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
-        self._call = _Call(self.plans, device_id, block, pointers, maps)
+        self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *scratch), maps)
 
     def __call__(
         self,

@@ -367,12 +367,16 @@ def plans_around(
     if isinstance(main, configs.BackwardWgmmaConfig):
         order = _backward_order(p, main)
         tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
-        # A thread block per multiprocessor; for each place of a part the warps that have d_k and d_v count themselves.
-        num_blocks = min(order.num_tiles if tail.num_steps == 0 else device.num_sms, device.num_sms)
-        workspace = Workspace.of(p, *sizes, 1 + 8 * tail.places, tail.places * main.part_elems)
-        middle = Plan(main, num_blocks, workspace, order, tail)
+        gather = configs.backward_gather_config(main)
+        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=tail.places * gather.place_elems)
+        # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
+        tiles_in_parts = order.num_tiles - tail.first_tile
+        num_blocks = device.num_sms if tiles_in_parts else min(order.num_tiles, device.num_sms)
+        middle = [Plan(main, num_blocks, workspace, order, tail)]
+        if tiles_in_parts:
+            middle.append(Plan(gather, tiles_in_parts * gather.main_warps, workspace))
     else:
         workspace = Workspace.of(p, *sizes)
-        middle = Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)
+        middle = [Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)]
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
-    return Plan(preprocess, tiles, workspace), middle, Plan(convert, tiles, workspace)
+    return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace)

@@ -11,7 +11,7 @@
 // Blocks  a tile is (block_n keys, key/value head, batch), numbered by `TileOrder`; there is a thread block per
 //         multiprocessor, and each claims the next tile when it is done with the one before. The query heads that share
 //         a key/value head follow one another. Where all tiles are alike, the last ones, of which not every block would
-//         get one, are claimed in parts (`TileParts`), and d_k and d_v summed over them in global memory.
+//         get one, are claimed in parts (`TileParts`), and what a block has of their d_k and d_v is left to backward_gather.cuh.
 // Who     warpgroup 0 produces: one thread claims tiles and orders K and V, and Q, dO and the two numbers per row of each
 //         step (attention/backward_steps.cuh); another sees to the order in which blocks add to d_q, where that is fixed.
 //         Two warpgroups consume.
@@ -32,6 +32,7 @@
 #include "attention/epilogue.cuh"
 #include "attention/mask.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/stmatrix.cuh"
 #include "tile/gemm.cuh"
 #include "tile/warpgroup.cuh"
@@ -171,47 +172,24 @@ struct BackwardConsumer {
     }
 
     // ---- a tile of which several blocks took a part each ----
-    template <int kCols>
-    CUFLASH_DEVICE static void leave(float*& place, float const (&acc)[kCols][4]) {
-#pragma unroll
-        for (int n = 0; n < kCols; ++n, place += 128)
-            *reinterpret_cast<float4*>(place) = float4{acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
-    }
-    template <int kCols>
-    CUFLASH_DEVICE static void add(float (&acc)[kCols][4], float const*& place) {
-#pragma unroll
-        for (int n = 0; n < kCols; ++n, place += 128) {
-            float4 const x = __ldcg(reinterpret_cast<float4 const*>(place));
-            acc[n][0] += x.x;
-            acc[n][1] += x.y;
-            acc[n][2] += x.z;
-            acc[n][3] += x.w;
-        }
-    }
-    // Given all sums that this warp has of a tile: whether it is to store them. If other blocks had parts of the tile, each
-    // leaves its own in the workspace, and who comes last adds them up, in the same order whoever it is.
+    // Whether this is one. Then all sums that this warp has are left in the workspace.
     template <class... Accs>
-    CUFLASH_DEVICE bool gather(Accs&... accs) const {
-        int const num_parts = work().num_parts();
-        if (num_parts == 1) return true;
-        constexpr int kWarpElems = cfg.part_elems() / Steps::kConsumerWarps;
-        int const number = threadIdx.x / 32 - 4;  // of this warp among consumers; computed anew, as registers are scarce
-        float* const parts = reinterpret_cast<float*>(steps.params.parts) + number * kWarpElems + lane * 4;
-        float* mine = parts + work().part() * i64{cfg.part_elems()};
-        (leave(mine, accs[0]), ...);
-        __syncwarp();
-        int arrived = 0;
-        if (lane == 0) arrived = fetch_add_acq_rel(steps.arrivals(work().first_part(), number), 1);
-        if (__shfl_sync(0xffffffffu, arrived, 0) != num_parts - 1) return false;
-        (set_zero(accs), ...);
-        float const* place = parts + work().first_part() * i64{cfg.part_elems()};
-#pragma unroll 1
-        for (int i = 0; i < num_parts; ++i) {
-            float const* next = place;
-            (add(accs[0], next), ...);
-            place += cfg.part_elems();
-        }
+    CUFLASH_DEVICE bool leave(Accs&... accs) const {
+        using Accum = PartAccum<cfg.block_n, cfg.head_dim, cfg.head_dim_v>;
+        int const place = work().place_of_part();
+        if (place == Steps::kWhole) return false;
+        int thread = threadIdx.x;
+        opaque(thread);  // addresses are computed here, and not before the loop over steps, which has no registers for them
+        float* target = reinterpret_cast<float*>(steps.params.parts) + place * i64{Accum::kElems} +
+                        Accum::offset(thread / 32 - 4, 0, thread % 32);
+        (leave_sums(target, accs[0]), ...);
         return true;
+    }
+    template <int kCols>
+    CUFLASH_DEVICE static void leave_sums(float*& target, float const (&acc)[kCols][4]) {
+#pragma unroll
+        for (int n = 0; n < kCols; ++n, target += 128)
+            *reinterpret_cast<float4*>(target) = float4{acc[n][0], acc[n][1], acc[n][2], acc[n][3]};
     }
 
     // ---- results: a row per key ----
@@ -356,7 +334,7 @@ struct BackwardConsumer {
             }
             warpgroup_pin(dk[0]);
             warpgroup_pin(dv[0]);
-            if (!gather(dk, dv)) return;
+            if (leave(dk, dv)) return;
             store_dk(dk[0], row);
             store_dv(dv[0], row);
         });
@@ -443,7 +421,7 @@ struct BackwardConsumer {
                 last_dq<0, kMine>();
             }
             warpgroup_pin(dv[0]);
-            if (gather(dv)) store_dv(dv[0], 16 * warp);
+            if (!leave(dv)) store_dv(dv[0], 16 * warp);
         });
     }
 
@@ -492,7 +470,7 @@ struct BackwardConsumer {
                 last_dq<kOthers, kShares>();
             }
             warpgroup_pin(dk[0]);
-            if (gather(dk)) store_dk(dk[0], 16 * warp);
+            if (!leave(dk)) store_dk(dk[0], 16 * warp);
         });
     }
 
@@ -514,6 +492,7 @@ CUFLASH_DEVICE void backward_wgmma(BackwardWgmmaParams const& params, u32 smem) 
     static_assert(cfg.head_dim % 32 == 0 && cfg.head_dim_v % 32 == 0, "head dims are padded before");
     static_assert(cfg.by_role() || !cfg.dq_transposed() || cfg.dq_warps() == 4 * cfg.consumers(),
                   "warpgroups share dQ by 64 rows or by 64 columns");
+    static_assert(!cfg.by_role() || cfg.head_dim > 64, "each warpgroup has a share of dQ");
     static_assert(cfg.num_stages >= 2, "one step is computed while the next one arrives");
     BackwardSteps<cfg> const steps{params, smem};
     int const warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for all lanes, and known to be

@@ -14,6 +14,7 @@
 #include "config.cuh"
 #include "dq_accum.cuh"
 #include "tile_order.cuh"
+#include "tile_parts.cuh"
 
 template <BackwardWgmmaConfig cfg>
 struct BackwardWgmmaTiles {
@@ -111,7 +112,7 @@ struct BackwardSteps {
 
     // ---- work: a tile of keys; twice as many as there are places for keys, as results are stored when those are free ----
     // The producer's registers are few, and it looks up here what it needs, too.
-    static constexpr i32 kNoMore = -1;
+    static constexpr i32 kNoMore = -1, kWhole = -1;
     struct Work {
         u32 place;
 
@@ -126,12 +127,10 @@ struct BackwardSteps {
             uint2 const full = ld_shared_v2(place + 24);
             return m_block < static_cast<int>(full.x) || m_block >= static_cast<int>(full.y);
         }
-        // Steps of the tile that other blocks take before these; number of parts of the tile, and of this one and the
-        // first one in the workspace.
+        // Steps of the tile that other blocks take before these, and where to leave the sums over these; kWhole if there
+        // are no others.
         CUFLASH_DEVICE int steps_before() const { return ld_shared(place + 32); }
-        CUFLASH_DEVICE int num_parts() const { return ld_shared(place + 36); }
-        CUFLASH_DEVICE int part() const { return ld_shared(place + 40); }
-        CUFLASH_DEVICE int first_part() const { return ld_shared(place + 44); }
+        CUFLASH_DEVICE int place_of_part() const { return ld_shared(place + 36); }
         // Where these steps begin: with a tile of queries of a head of those that share the keys.
         CUFLASH_DEVICE int first_head(int group_size) const {
             return head_kv() * group_size + steps_before() / (last() - first());
@@ -148,9 +147,8 @@ struct BackwardSteps {
 
     // What is still to do of a part of the tail that reaches into several tiles: [begin, end), in steps of the tail.
     CUFLASH_DEVICE u32 rest() const { return smem + Tiles::kRest; }
-    // How many tiles and parts have been claimed, and behind it, how often a warp came to the end of a part of a tile.
+    // How many tiles and parts have been claimed.
     CUFLASH_DEVICE int* num_claimed() const { return reinterpret_cast<int*>(params.counters); }
-    CUFLASH_DEVICE int* arrivals(int part, int warp) const { return num_claimed() + 1 + part * kConsumerWarps + warp; }
 
     // The next tile, or what belongs to one tile of the next part of the tail, that no block has taken.
     CUFLASH_DEVICE void claim(Work work) const {
@@ -167,23 +165,15 @@ struct BackwardSteps {
             }
         }
         if (tile < tail.first_tile) {
-            st_shared_v4(work.place + 32, uint4{0, 1, 0, 0});
+            st_shared_v2(work.place + 32, 0, static_cast<u32>(kWhole));
         } else {
             int const n = begin / tail.tile_steps;  // of the tiles of the tail
             tile = tail.first_tile + n;
-            // A tile has a place for each part that reaches into it, behind those of the tile before.
-            int const first = n * tail.tile_steps / tail.part_steps;
-            int const last = ((n + 1) * tail.tile_steps - 1) / tail.part_steps;
-            st_shared_v4(work.place + 32, uint4{static_cast<u32>(begin - n * tail.tile_steps),
-                                                static_cast<u32>(last - first + 1),
-                                                static_cast<u32>(begin / tail.part_steps + n), static_cast<u32>(first + n)});
+            st_shared_v2(work.place + 32, begin - n * tail.tile_steps, Places::at_step(tail, begin, n));
             st_shared_v2(rest(), begin, end);
         }
-        TileCoordinates const at = tile_coordinates(params.order, tile);
-        // With a causal mask the first keys are seen by the most queries, so they come first. If d_q is summed in a fixed
-        // order they come last: blocks wait for later keys, which are first to reach a tile of queries.
-        int const n_block = cfg.deterministic ? at.block : params.order.num_blocks - 1 - at.block;
-        int const k_begin = n_block * cfg.block_n;
+        TileCoordinates const at = tile_of_keys(params.order, tile, cfg.deterministic);
+        int const k_begin = at.block * cfg.block_n;
         int const k_end = min(params.shape.seqlen_k, k_begin + cfg.block_n);
         BlockRange range = query_blocks(params.shape, k_begin, k_end, cfg.block_m);
         if (k_begin + cfg.block_n > params.shape.seqlen_k) range.full_last = 0;

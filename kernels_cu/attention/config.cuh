@@ -70,10 +70,6 @@ struct BackwardWgmmaConfig {
     constexpr bool dq_transposed() const { return by_role() || block_m != 64 * consumers(); }
     constexpr int dq_warps() const { return dq_transposed() ? (head_dim + 63) / 64 * 4 : 4 * consumers(); }
     constexpr int dq_columns() const { return dq_transposed() ? 16 * dq_warps() : head_dim; }
-    // Floats that the warps of a block have of d_k and d_v: 16 rows each, of one of them or of both.
-    constexpr int part_elems() const {
-        return 64 * consumers() * (!by_role() ? head_dim + head_dim_v : head_dim > head_dim_v ? head_dim : head_dim_v);
-    }
 };
 
 // block_m of the main kernel, as every layout of the workspace depends on it.
@@ -98,6 +94,17 @@ struct BackwardConvertConfig {
     int dq_warps_m;
     int reduce_width;
     bool transposed;   // warps hold columns of d_q as rows
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
+struct BackwardGatherConfig {
+    Mma mma;
+    int head_dim;  // these four as in the main kernel
+    int head_dim_v;
+    int block_n;
+    bool deterministic;
+    int num_warps;
 
     constexpr int threads() const { return 32 * num_warps; }
 };

@@ -26,3 +26,11 @@ CUFLASH_DEVICE TileCoordinates tile_coordinates(TileOrder const& order, int inde
     int const head = first_head + rest % heads;
     return TileCoordinates{order.num_blocks - 1 - rest / heads, head % order.num_heads, head / order.num_heads};
 }
+
+// The same for tiles of keys. With a causal mask the first keys are seen by the most queries, so they come first. If d_q is
+// summed in a fixed order they come last: blocks wait for later keys, which are first to reach a tile of queries.
+CUFLASH_DEVICE TileCoordinates tile_of_keys(TileOrder const& order, int index, bool deterministic) {
+    TileCoordinates at = tile_coordinates(order, index);
+    if (!deterministic) at.block = order.num_blocks - 1 - at.block;
+    return at;
+}

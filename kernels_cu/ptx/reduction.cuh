@@ -24,13 +24,6 @@ CUFLASH_DEVICE int fetch_add(int* gmem, int x) {
     return before;
 }
 
-// The same, and everything that counted before is visible to whoever counts later.
-CUFLASH_DEVICE int fetch_add_acq_rel(int* gmem, int x) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(gmem), "r"(x) : "memory");
-    return before;
-}
-
 // Everything before `store_release` is visible to whoever reads its value by `load_acquire`.
 CUFLASH_DEVICE int load_acquire(int const* gmem) {
     int value;

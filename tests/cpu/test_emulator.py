@@ -56,7 +56,11 @@ class Run:
     @property
     def configs(self) -> tuple[configs.Config, ...]:
         """All that are launched."""
-        return (self.config,) if self.is_forward else (self.config, *configs.backward_companions(self.config))
+        config = self.config
+        if isinstance(config, configs.ForwardWgmmaConfig | configs.ForwardMmaConfig):
+            return (config,)
+        gather = [configs.backward_gather_config(config)] if isinstance(config, configs.BackwardWgmmaConfig) else []
+        return config, *configs.backward_companions(config), *gather
 
     @property
     def problem(self) -> Problem:

@@ -189,7 +189,7 @@ def test_last_tiles_end_together(seqlen_q: int, seqlen_k: int, heads: int, group
     """In parts, the tiles that are left over take no more than what all blocks together do in that time."""
     device = DeviceInfo.of_arch(90)
     problem = Problem("float16", 2, heads * group, heads, seqlen_q, seqlen_k, dim, dim, 1.0)
-    _, main, _ = plan_backward(problem, device)
+    _, main, *others = plan_backward(problem, device)
     assert main.order is not None
     assert main.tail is not None
     order, tail = main.order, main.tail
@@ -208,7 +208,10 @@ def test_last_tiles_end_together(seqlen_q: int, seqlen_k: int, heads: int, group
         assert places <= tail.places
         # The last part of the last tile has the last place.
         assert (tail.num_steps - 1) // tail.part_steps + in_parts == tail.places
-        assert main.workspace_bytes >= tail.places * main.config.part_elems * 4
+        gather = others[0].config
+        assert isinstance(gather, configs.BackwardGatherConfig)
+        assert others[0].grid == in_parts * gather.main_warps
+        assert main.workspace_bytes >= tail.places * gather.place_elems * 4
     for other in (
         replace(problem, deterministic=True),
         replace(problem, band=make_band(True, None, None, seqlen_q, seqlen_k)),

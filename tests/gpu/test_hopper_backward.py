@@ -58,7 +58,7 @@ def with_order(plans: tuple[plan.Plan, ...], draw: random.Random) -> tuple[plan.
     order = main.order
     if main.tail.num_steps == 0:
         order = dataclasses.replace(order, section=draw.randint(1, 2 * order.num_heads))
-    return plans[0], dataclasses.replace(main, grid=draw.randint(1, order.num_tiles), order=order), plans[2]
+    return plans[0], dataclasses.replace(main, grid=draw.randint(1, order.num_tiles), order=order), *plans[2:]
 
 
 def differences(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> Any:
