@@ -300,7 +300,7 @@ class BackwardWgmmaConfig(TileConfig):
         elems = (self.kv_stages * self.block_n + self.num_stages * self.block_m) * (columns + columns_v)
         elems += (3 if self.by_role else 2) * self.block_m * self.block_n  # dS twice, and P where others need it
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
-        barriers = 4 + 3 * self.kv_stages + 3 * self.num_stages
+        barriers = 5 + 3 * self.kv_stages + 3 * self.num_stages
         return 2 * elems + stats + 32 * self.num_stages + 96 * self.kv_stages + 16 + 8 * barriers
 
     @property
@@ -377,7 +377,6 @@ class BackwardGatherConfig(Config):
     head_dim_v: int
     block_n: int
     deterministic: bool
-    num_warps: int
     min_blocks: int = 1
 
     header: ClassVar[str] = "backward_gather.cuh"
@@ -391,11 +390,19 @@ class BackwardGatherConfig(Config):
         return 0
 
     @property
+    def columns(self) -> int:
+        """Those of d_k, d_v or both that a warp of the main kernel has."""
+        by_role = self.block_n == 64
+        return max(self.head_dim, self.head_dim_v) if by_role else self.head_dim + self.head_dim_v
+
+    @property
     def place_elems(self) -> int:
         """Floats that a block of the main kernel leaves of a tile: ``PartAccum`` of ``tile_parts.cuh``."""
-        if self.block_n == 64:
-            return 128 * max(self.head_dim, self.head_dim_v)
-        return self.block_n * (self.head_dim + self.head_dim_v)
+        return self.main_warps * 16 * self.columns
+
+    @property
+    def num_warps(self) -> int:  # type: ignore[override]
+        return self.columns // 32
 
     @property
     def name(self) -> str:
@@ -741,14 +748,17 @@ _BACKWARD_WGMMA: dict[tuple[int, int], tuple[tuple[int, int, int, int, bool], ..
     (192, 192): ((64, 64, 1, 2, False),),
     (256, 256): ((48, 64, 1, 2, False),),
 }
+#: The widest head_dim that gains from `overlap` where d_q is summed in a fixed order, too.
+_OVERLAP_IN_ORDER = 64
 
 
 def backward_wgmma_configs(
     mma: str, head_dim: int, head_dim_v: int, deterministic: bool
 ) -> tuple[BackwardWgmmaConfig, ...]:
     """The rows of the table, for long sequences first; `head_dim`s are padded ones."""
+    gains = not deterministic or head_dim <= _OVERLAP_IN_ORDER
     return tuple(
-        BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *row, deterministic)
+        BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *row[:4], row[4] and gains, deterministic)
         for row in _BACKWARD_WGMMA[head_dim, head_dim_v]
     )
 
@@ -771,7 +781,7 @@ def backward_companions(
 
 def backward_gather_config(main: BackwardWgmmaConfig) -> BackwardGatherConfig:
     """The kernel for tiles of keys that blocks of the main one share."""
-    return BackwardGatherConfig(main.mma, main.head_dim, main.head_dim_v, main.block_n, main.deterministic, 4)
+    return BackwardGatherConfig(main.mma, main.head_dim, main.head_dim_v, main.block_n, main.deterministic)
 
 
 # A block of 16 threads per row: 64 rows by 8 warps, or 32 rows by 4 warps where a number takes two registers.

@@ -122,8 +122,8 @@ class TileParts:
 _TILE_COST = 0.75
 #: Bytes that stay in the level-2 cache of an H100 (50 MB) or H200.
 _CACHE_BYTES = 40 << 20
-#: Bytes of the heads that the backward works on together.
-_SECTION_BYTES = 12 << 20
+#: Bytes of the heads that the backward works on together, and if d_q is summed in a fixed order.
+_SECTION_BYTES, _SECTION_BYTES_IN_ORDER = 12 << 20, 32 << 20
 #: Steps of a tile of keys up to which it counts that the next keys arrive meanwhile.
 _FEW_STEPS = 8
 #: Steps of the shortest part of a tile, and what a part costs beside them.
@@ -155,7 +155,9 @@ def _backward_order(problem: Problem, config: configs.BackwardWgmmaConfig) -> Ti
     # stay in the cache.
     row_bytes = (p.head_dim + p.head_dim_v) * ITEMSIZE[p.dtype] + config.dq_columns * 4
     all_alike = p.band.is_open and not config.deterministic
-    section = 1 if all_alike else max(_SECTION_BYTES // (p.group_size * p.seqlen_q * row_bytes + 1), 1)
+    section_bytes = _SECTION_BYTES_IN_ORDER if config.deterministic else _SECTION_BYTES
+    head_bytes = max(p.group_size * p.seqlen_q * row_bytes, 1)
+    section = 1 if all_alike else max(section_bytes // head_bytes, 1)
     num_heads = p.batch * p.num_heads_kv
     return TileOrder(num_heads * num_blocks, num_blocks, p.num_heads_kv, min(section, max(num_heads, 1)))
 

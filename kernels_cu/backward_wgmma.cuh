@@ -13,7 +13,7 @@
 //         a key/value head follow one another. Where all tiles are alike, the last ones, of which not every block would
 //         get one, are claimed in parts (`TileParts`), and what a block has of their d_k and d_v is left to backward_gather.cuh.
 // Who     warpgroup 0 produces: one thread claims tiles and orders K and V, and Q, dO and the two numbers per row of each
-//         step (attention/backward_steps.cuh); another sees to the order in which blocks add to d_q, where that is fixed.
+//         step (attention/backward_steps.cuh); two others see to the order in which blocks add to d_q, where that is fixed.
 //         Two warpgroups consume.
 //         By keys (head dims up to 128): each owns 64 keys. P^T and dS^T stay in its registers, as operands of dV and dK.
 //         By role (wider heads, whose dV and dK do not fit the registers of one): both have the same 64 keys. The first
@@ -105,8 +105,9 @@ struct BackwardConsumer {
     }
 
     // ---- log-sum-exps or deltas of the queries of a step ----
-    // Behind additions to global memory shared memory answers late. So they are fetched before, where there are registers.
-    static constexpr bool kFetchAhead = !cfg.by_role() && cfg.head_dim > 64 && !(cfg.overlap && cfg.deterministic);
+    // Behind additions to global memory shared memory answers late. So what is there is fetched before, if there are
+    // registers for it.
+    static constexpr bool kFetchAhead = !cfg.by_role() && cfg.head_dim > 64;
     struct Numbers {
         u32 place;
         uint2 fetched[kFetchAhead ? kN : 1];
@@ -267,7 +268,8 @@ struct BackwardConsumer {
             to_weights(p, s, lse, row);
             issue_sum<TileDO>(dv[0], p, steps.d_out(at));
             delta.fetch(steps.delta(at), lane);
-            bool const first = steps.is_first(at), last = steps.is_last(at);
+            u32 const flags = steps.flags(at);
+            bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
             warpgroup_wait<1>();
             warpgroup_pin(dp[0]);
             to_d_scores(ds, dp, p, delta);
@@ -282,11 +284,13 @@ struct BackwardConsumer {
             issue_sum<TileQ>(dk[0], ds, steps.q(at));
             Position const next = last ? at : at + 1;
             if (cfg.overlap && !last) steps.await_q(next);
-            float* const dq_target = steps.dq_target(first ? at : at + -1, dq_warp, lane);
+            float* dq_target = nullptr;
+            if constexpr (kFetchAhead) dq_target = steps.dq_target(first ? at : at + -1, dq_warp, lane);
             warpgroup_wait<1>();
             warpgroup_pin(dq);
             publish_ds();
             if (!first) {
+                if constexpr (!kFetchAhead) dq_target = steps.dq_target(at + -1, dq_warp, lane);
                 steps.await_turn(at + -1);
                 steps.add_dq(dq, dq_target, dq_warp);
                 steps.finish_turn(lane);
@@ -389,7 +393,9 @@ struct BackwardConsumer {
             Scores s;
             steps.await_q(at);
             issue_scores(s, at, 0);
-            if (!steps.is_first(at)) steps.await_ds(at + -1);
+            u32 const flags = steps.flags(at);
+            bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
+            if (!first) steps.await_ds(at + -1);
             float dq[kNDQ][4];
             issue_dq(dq, at + -1, 0);
             warpgroup_wait<1>();
@@ -405,10 +411,8 @@ struct BackwardConsumer {
             barrier_arrive(kPBarrier, 256);
             steps.await_d_out(at);
             issue_sum<TileDO>(dv[0], p, steps.d_out(at));
-            bool const first = steps.is_first(at);
             finish_dq<0, kMine>(dq, at + -1, first);
             release(steps.empty(at));
-            bool const last = steps.is_last(at);
             at = at + 1;
             return !last;
         };
@@ -432,7 +436,9 @@ struct BackwardConsumer {
             Scores dp;
             steps.await_d_out(at);
             issue_dp(dp, 0);
-            if (!steps.is_first(at)) steps.await_ds(at + -1);
+            u32 const flags = steps.flags(at);
+            bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
+            if (!first) steps.await_ds(at + -1);
             float dq[kNDQ][4];
             issue_dq(dq, at + -1, kOthers);
             warpgroup_wait<1>();
@@ -454,10 +460,8 @@ struct BackwardConsumer {
             publish_ds();
             steps.await_q(at);
             issue_sum<TileQ>(dk[0], ds, steps.q(at));
-            bool const first = steps.is_first(at);
             finish_dq<kOthers, kShares>(dq, at + -1, first);
             release(steps.empty(at));
-            bool const last = steps.is_last(at);
             at = at + 1;
             return !last;
         };
@@ -510,7 +514,10 @@ CUFLASH_DEVICE void backward_wgmma(BackwardWgmmaParams const& params, u32 smem) 
     if (warpgroup == 0) {
         warpgroup_release_registers<24>();
         if (thread == 0) steps.produce();
-        if (cfg.deterministic && thread == 32) steps.take_turns();
+        if constexpr (cfg.deterministic) {
+            if (thread == 32) steps.take_turns();
+            if (thread == 64) steps.pass_turns();
+        }
     } else {
         warpgroup_take_registers<240>();
         BackwardConsumer<cfg> consumer{steps, warpgroup - 1, thread / 32, thread % 32, {}, {}};

@@ -40,7 +40,7 @@ struct BackwardWgmmaTiles {
     static constexpr int kWork = kNotes + 2 * 16 * cfg.num_stages;
     static constexpr int kRest = kWork + 2 * 48 * cfg.kv_stages;
     static constexpr int kBarriers = kRest + 16;
-    static constexpr int kBytes = kBarriers + 8 * (4 + 3 * cfg.kv_stages + 3 * cfg.num_stages);
+    static constexpr int kBytes = kBarriers + 8 * (5 + 3 * cfg.kv_stages + 3 * cfg.num_stages);
 };
 
 template <BackwardWgmmaConfig cfg>
@@ -71,11 +71,12 @@ struct BackwardSteps {
     CUFLASH_DEVICE u32 barrier(u32 index) const { return smem + Tiles::kBarriers + 8 * index; }
     CUFLASH_DEVICE u32 turn() const { return barrier(0); }
     CUFLASH_DEVICE u32 added() const { return barrier(1); }
-    CUFLASH_DEVICE u32 ds_full(Position at) const { return barrier(2 + at.count % 2); }
-    CUFLASH_DEVICE u32 k_full(TilePosition tile) const { return barrier(4 + tile.stage()); }
-    CUFLASH_DEVICE u32 v_full(TilePosition tile) const { return barrier(4 + cfg.kv_stages + tile.stage()); }
-    CUFLASH_DEVICE u32 kv_empty(TilePosition tile) const { return barrier(4 + 2 * cfg.kv_stages + tile.stage()); }
-    static constexpr u32 kOfSteps = 4 + 3 * cfg.kv_stages;
+    CUFLASH_DEVICE u32 seen() const { return barrier(2); }  // by who passes turns on
+    CUFLASH_DEVICE u32 ds_full(Position at) const { return barrier(3 + at.count % 2); }
+    CUFLASH_DEVICE u32 k_full(TilePosition tile) const { return barrier(5 + tile.stage()); }
+    CUFLASH_DEVICE u32 v_full(TilePosition tile) const { return barrier(5 + cfg.kv_stages + tile.stage()); }
+    CUFLASH_DEVICE u32 kv_empty(TilePosition tile) const { return barrier(5 + 2 * cfg.kv_stages + tile.stage()); }
+    static constexpr u32 kOfSteps = 5 + 3 * cfg.kv_stages;
     CUFLASH_DEVICE u32 q_full(Position at) const { return barrier(kOfSteps + at.stage()); }
     CUFLASH_DEVICE u32 d_out_full(Position at) const { return barrier(kOfSteps + cfg.num_stages + at.stage()); }
     CUFLASH_DEVICE u32 empty(Position at) const { return barrier(kOfSteps + 2 * cfg.num_stages + at.stage()); }
@@ -85,10 +86,11 @@ struct BackwardSteps {
         for (u32 i = 0; i < cfg.kv_stages; ++i) {
             mbarrier_init(k_full(TilePosition{i}), 1);
             mbarrier_init(v_full(TilePosition{i}), 1);
-            mbarrier_init(kv_empty(TilePosition{i}), kConsumerWarps + cfg.deterministic);
+            mbarrier_init(kv_empty(TilePosition{i}), kConsumerWarps + (cfg.deterministic ? 2 : 0));
         }
         mbarrier_init(turn(), 1);
         mbarrier_init(added(), kConsumerWarps);
+        mbarrier_init(seen(), 1);
         for (u32 i = 0; i < 2; ++i) mbarrier_init(ds_full(Position{i}), cfg.by_role() ? 4 : kConsumerWarps);
         for (u32 i = 0; i < cfg.num_stages; ++i) {
             mbarrier_init(q_full(Position{i}), 1);
@@ -104,9 +106,8 @@ struct BackwardSteps {
     // ---- notes: flags and, above them, which tile of queries; first key; tile of the workspace ----
     static constexpr u32 kMasked = 1, kFirst = 2, kLast = 4, kNumFlags = 3;
     CUFLASH_DEVICE u32 note(Position at) const { return smem + Tiles::kNotes + 16 * (at.count % (2 * cfg.num_stages)); }
-    CUFLASH_DEVICE bool is_masked(Position at) const { return ld_shared(note(at)) & kMasked; }
-    CUFLASH_DEVICE bool is_first(Position at) const { return ld_shared(note(at)) & kFirst; }
-    CUFLASH_DEVICE bool is_last(Position at) const { return ld_shared(note(at)) & kLast; }
+    CUFLASH_DEVICE u32 flags(Position at) const { return ld_shared(note(at)); }
+    CUFLASH_DEVICE bool is_masked(Position at) const { return flags(at) & kMasked; }
     CUFLASH_DEVICE int q_begin(Position at) const { return (ld_shared(note(at)) >> kNumFlags) * cfg.block_m; }
     CUFLASH_DEVICE int k_begin(Position at) const { return ld_shared(note(at) + 4); }
 
@@ -277,8 +278,25 @@ struct BackwardSteps {
             if (lane == 0) mbarrier_arrive(added());
         }
     }
-    // One thread sees to it, so that no consumer waits for global memory.
+    // One thread looks for turns and another passes them on, as either waits for global memory, which consumers should not.
     CUFLASH_DEVICE void take_turns() const {
+        for_each_turn([&](int* semaphore, int turn_here, u32 parity) {
+            while (load_acquire(semaphore) != turn_here) {
+            }
+            mbarrier_wait(seen(), ~parity & 1);
+            mbarrier_arrive(turn());
+        });
+    }
+    CUFLASH_DEVICE void pass_turns() const {
+        for_each_turn([&](int* semaphore, int turn_here, u32 parity) {
+            mbarrier_wait(added(), parity);
+            mbarrier_arrive(seen());
+            store_release(semaphore, turn_here + 1);
+        });
+    }
+    // For each step: where turns at its tile of d_q are counted, the turn that is this block's, and the parity of the step.
+    template <class Body>
+    CUFLASH_DEVICE void for_each_turn(Body body) const {
         Shape const& shape = params.shape;
         u32 parity = 0;
         for (TilePosition tile;; tile = tile + 1) {
@@ -288,24 +306,19 @@ struct BackwardSteps {
             mbarrier_arrive(kv_empty(tile));
             if (num_steps == kNoMore) return;
             if (num_steps == 0) continue;
-            int head = now.first_head(shape.group_size);
             int m_block = now.first_m_block();
-            for (i32 i = 0; i < num_steps; ++i, parity ^= 1) {
-                int* const semaphore =
-                    reinterpret_cast<int*>(params.semaphore) + tile_of_dq(now.batch(), head, m_block);
+            int dq_tile = tile_of_dq(now.batch(), now.first_head(shape.group_size), m_block);
+            for (i32 i = num_steps; i > 0; --i, parity ^= 1) {
                 // How many tiles of keys come before, from the last one that these queries see.
                 int const q_begin = m_block * cfg.block_m;
                 int const q_end = min(shape.seqlen_q, q_begin + cfg.block_m);
                 int const turn_here =
                     key_blocks(shape, q_begin, q_end, cfg.block_n).last - 1 - now.k_begin() / cfg.block_n;
-                while (load_acquire(semaphore) != turn_here) {
-                }
-                mbarrier_arrive(turn());
-                mbarrier_wait(added(), parity);
-                store_release(semaphore, turn_here + 1);
+                body(reinterpret_cast<int*>(params.semaphore) + dq_tile, turn_here, parity);
+                ++dq_tile;
                 if (++m_block == now.last()) {
                     m_block = now.first();
-                    ++head;
+                    dq_tile += params.rows / cfg.block_m - (now.last() - now.first());
                 }
             }
         }

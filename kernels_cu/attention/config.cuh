@@ -104,9 +104,6 @@ struct BackwardGatherConfig {
     int head_dim_v;
     int block_n;
     bool deterministic;
-    int num_warps;
-
-    constexpr int threads() const { return 32 * num_warps; }
 };
 
 struct ForwardSimtConfig {
