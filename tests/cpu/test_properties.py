@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import cuflash
-from tests.strategies import STORAGES, cases, make_operands, numpy_dtype, stored
+from tests.strategies import STORAGES, Case, cases, make_operands, numpy_dtype, stored
 
 EXACT = ("float64",)
 DTYPES_OF_SPEED = ("float32", "float64")
@@ -49,6 +49,12 @@ def heads_axis(case):
     return -3 if case.layout == "bhsd" else -2
 
 
+def largest_score(case, q, k):
+    """A bound on the absolute value of any score."""
+    norms = [np.max(np.linalg.norm(array, axis=-1), initial=0.0) for array in (q, k)]
+    return abs(case.softmax_scale) * math.prod(norms)
+
+
 def gradients(case, q, k, v, d_out, d_lse=None, **options):
     """Gradients d_q, d_k, d_v of one call, forward included."""
     options = {**case.options, **options}
@@ -83,6 +89,10 @@ def test_splitting_keys_and_merging_changes_nothing(case, cuts):
     assert_close(lse, whole_lse)
 
 
+@example(
+    case=Case("float64", num_heads=3, num_heads_kv=1, seqlen_q=63, seqlen_k=63, head_dim=1, head_dim_v=2, spread=3.0),
+    seed=0,
+)
 @given(case=small_cases(), seed=st.integers(0, 99))
 def test_order_of_keys_does_not_matter(case, seed):
     case = replace(case, is_causal=False, window=None, q_offset=None)
@@ -98,9 +108,11 @@ def test_order_of_keys_does_not_matter(case, seed):
         assert_close(shuffled, plain)
     d_q, d_k, d_v = gradients(case, q, k, v, d_out)
     shuffled_d_q, shuffled_d_k, shuffled_d_v = gradients(case, q, shuffled_k, shuffled_v, d_out)
-    assert_close(shuffled_d_q, d_q)
-    assert_close(shuffled_d_k, np.take(d_k, order, axis))
-    assert_close(shuffled_d_v, np.take(d_v, order, axis))
+    # Scores take their places in other products, and what rounding does to a score it does, relatively, to a weight.
+    weights = 1 + largest_score(case, q, k)
+    assert_close(shuffled_d_q, d_q, magnitude=weights)
+    assert_close(shuffled_d_k, np.take(d_k, order, axis), magnitude=weights)
+    assert_close(shuffled_d_v, np.take(d_v, order, axis), magnitude=weights)
 
 
 @given(case=small_cases(dtypes=DTYPES_OF_SPEED))
