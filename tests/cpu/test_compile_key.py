@@ -94,7 +94,10 @@ def test_run_time_values_are_no_new_key(change: dict) -> None:
     assert len(backward) <= 2
     assert {one[0], other[0]} <= forward
     assert {one[2], other[2]} <= backward
-    assert (one[1], *one[3:]) == (other[1], *other[3:])
+    # Whether tiles are cut into parts, which a kernel of its own sums up, hangs on how many there are.
+    gather = compiler.source(configs.backward_gather_config(configs.backward_wgmma_configs("f16", 64, 64, False)[0]))
+    assert [source for source in one[3:] if source != gather] == other[3:]
+    assert one[1] == other[1]
 
 
 @pytest.mark.parametrize("family", ["wgmma", "mma"])
