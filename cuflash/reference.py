@@ -12,51 +12,64 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .scores import Band
+from . import rng
+from .scores import Band, Score
 
 _Rounding = Callable[[Any], Any]
 
 
-def attention(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float) -> tuple[Any, Any]:
+class Gradients(NamedTuple):
+    """By the operands of attention, and by the arrays of ``Score`` (None for those that are None)."""
+
+    d_q: Any
+    d_k: Any
+    d_v: Any
+    d_bias: Any = None
+    d_alibi_slopes: Any = None
+    d_sinks: Any = None
+
+
+def attention(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> tuple[Any, Any]:
     """Out (batch, heads, seqlen_q, head_dim_v) and natural-log LSE (batch, heads, seqlen_q), in float64.
 
     ``out = softmax(scale * q @ k.T, over visible keys) @ v``; a query that sees no key has out 0 and LSE -inf.
+    ``score`` says what else is done to scores and weights.
     """
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    _, out, lse = _forward(q, k, v, band, scale, _exactly)
-    return out, lse
+    result = _forward(q, k, v, band, scale, _in(np.float64, score), _exactly)
+    return result.out, result.lse
 
 
 def attention_backward(
-    d_out: Any, q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, d_lse: Any = None
-) -> tuple[Any, Any, Any]:
-    """Gradients d_q, d_k, d_v in float64 of a loss whose gradients by out and LSE are ``d_out`` and ``d_lse``."""
+    d_out: Any, q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score(), d_lse: Any = None
+) -> Gradients:
+    """Gradients in float64 of a loss whose gradients by out and LSE are ``d_out`` and ``d_lse``."""
     d_out, q, k, v = (x.astype(np.float64) for x in (d_out, q, k, v))
     d_lse = None if d_lse is None else d_lse.astype(np.float64)
-    return _backward(d_out, q, k, v, d_lse, band, scale, _exactly)
+    return _backward(d_out, q, k, v, d_lse, band, scale, _in(np.float64, score), _exactly)
 
 
-def naive(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float) -> tuple[Any, Any]:
+def naive(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> tuple[Any, Any]:
     """``attention`` with scores, probabilities, out and LSE rounded to the dtype of ``q`` as they are computed."""
     work, rounding = _as_program_in(q.dtype)
-    _, out, lse = _forward(q.astype(work), k.astype(work), v.astype(work), band, scale, rounding)
-    return out.astype(q.dtype), lse.astype(q.dtype)
+    result = _forward(*(x.astype(work) for x in (q, k, v)), band, scale, _in(work, score), rounding)
+    return result.out.astype(q.dtype), result.lse.astype(q.dtype)
 
 
 def naive_backward(
-    d_out: Any, q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, d_lse: Any = None
-) -> tuple[Any, Any, Any]:
+    d_out: Any, q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score(), d_lse: Any = None
+) -> Gradients:
     """``attention_backward`` with every intermediate rounded to the dtype of ``q``."""
     work, rounding = _as_program_in(q.dtype)
     dtype = q.dtype
     d_out, q, k, v = (x.astype(work) for x in (d_out, q, k, v))
     d_lse = None if d_lse is None else d_lse.astype(work)
-    d_q, d_k, d_v = _backward(d_out, q, k, v, d_lse, band, scale, rounding)
-    return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype)
+    gradients = _backward(d_out, q, k, v, d_lse, band, scale, _in(work, score), rounding)
+    return Gradients(*(None if gradient is None else gradient.astype(dtype) for gradient in gradients))
 
 
 def _exactly(x: Any) -> Any:
@@ -69,42 +82,112 @@ def _as_program_in(dtype: Any) -> tuple[Any, _Rounding]:
     return work, lambda x: x.astype(dtype).astype(work)
 
 
-def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, rounding: _Rounding) -> tuple[Any, Any, Any]:
-    """Probabilities (batch, heads, seqlen_q, seqlen_k), out and LSE."""
+def _in(dtype: Any, score: Score) -> Score:
+    """The score with its numbers in ``dtype``."""
+    numbers = {
+        name: array.astype(dtype)
+        for name in ("bias", "alibi_slopes", "sinks")
+        if (array := getattr(score, name)) is not None
+    }
+    return score._replace(**numbers)
+
+
+class _Forward(NamedTuple):
+    #: (batch, heads, seqlen_q, seqlen_k), before dropout; and what dropout multiplies them by.
+    probabilities: Any
+    dropout: Any
+    visible: Any
+    #: Derivative of the scores by what they are before the softcap.
+    slope: Any
+    out: Any
+    lse: Any
+
+
+def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rounding: _Rounding) -> _Forward:
     xp = _namespace(q)
     k, v = _repeat_heads(k, q), _repeat_heads(v, q)
     visible = _visible(band, q, k)
+    if score.mask is not None:
+        visible = visible & score.mask
+    visible = xp.broadcast_to(visible, (*q.shape[:3], k.shape[2]))
+    slope: Any = 1
     with np.errstate(all="ignore"):
-        scores = xp.where(visible, rounding(scale * (q @ k.swapaxes(-1, -2))), -np.inf)
-        # One more score of -inf, so that the maximum over no keys at all is one, too.
-        row_max = xp.concatenate((scores, xp.full((*scores.shape[:-1], 1), -np.inf, scores.dtype)), -1).max(-1)
+        scores = rounding(scale * (q @ k.swapaxes(-1, -2)))
+        if score.softcap is not None:
+            tanh = rounding(xp.tanh(rounding(scores / score.softcap)))
+            slope = rounding(1 - tanh * tanh)
+            scores = rounding(score.softcap * tanh)
+        if score.bias is not None:
+            scores = rounding(scores + score.bias)
+        if score.alibi_slopes is not None:
+            scores = rounding(scores - rounding(score.alibi_slopes[..., None, None] * _distances(score, q, k)))
+        scores = xp.where(visible, scores, -np.inf)
+        # One more score: that of the sink, or -inf, so that the maximum over no keys at all is one, too.
+        sink = xp.full((*scores.shape[:-1], 1), -np.inf, scores.dtype)
+        if score.sinks is not None:
+            sink[...] = score.sinks[:, None, None]
+        row_max = xp.concatenate((scores, sink), -1).max(-1, keepdims=True)
         row_max = xp.where(row_max == -np.inf, 0, row_max)
-        weights = rounding(xp.exp(rounding(scores - row_max[..., None])))
-        row_sum = rounding(weights.sum(-1))
-        probabilities = rounding(weights / xp.where(row_sum == 0, 1, row_sum)[..., None])
+        weights = rounding(xp.exp(rounding(scores - row_max)))
+        row_sum = rounding(weights.sum(-1, keepdims=True) + rounding(xp.exp(rounding(sink - row_max))))
+        probabilities = rounding(weights / xp.where(row_sum == 0, 1, row_sum))
         probabilities = xp.where(visible, probabilities, 0)  # also in a row that is not a number
-        out = rounding(_weighted_sum(probabilities, v, visible))
-        lse = rounding(row_max + rounding(xp.log(row_sum)))
-    return probabilities, out, lse
+        dropout = _dropout(score, q, k)
+        out = rounding(_weighted_sum(rounding(probabilities * dropout), v, visible))
+        lse = rounding(row_max + rounding(xp.log(row_sum)))[..., 0]
+    return _Forward(probabilities, dropout, visible, slope, out, lse)
 
 
 def _backward(
-    d_out: Any, q: Any, k: Any, v: Any, d_lse: Any, band: Band, scale: float, rounding: _Rounding
-) -> tuple[Any, Any, Any]:
+    d_out: Any, q: Any, k: Any, v: Any, d_lse: Any, band: Band, scale: float, score: Score, rounding: _Rounding
+) -> Gradients:
     xp = _namespace(q)
-    probabilities, out, _ = _forward(q, k, v, band, scale, rounding)
+    probabilities, dropout, visible, slope, out, lse = _forward(q, k, v, band, scale, score, rounding)
     keys, values = _repeat_heads(k, q), _repeat_heads(v, q)
-    visible = _visible(band, q, k)
+    d_bias = d_slopes = d_sinks = None
     with np.errstate(all="ignore"):
         delta = rounding((d_out * out).sum(-1))
         if d_lse is not None:
             delta = rounding(delta - d_lse)
-        d_probabilities = rounding(d_out @ values.swapaxes(-1, -2))
+        d_probabilities = rounding(rounding(d_out @ values.swapaxes(-1, -2)) * dropout)
         d_scores = xp.where(visible, rounding(probabilities * rounding(d_probabilities - delta[..., None])), 0)
+        if score.bias is not None:
+            d_bias = rounding(_sum_to(d_scores, score.bias.shape))
+        if score.alibi_slopes is not None:
+            d_slopes = -(d_scores * _distances(score, q, k)).sum((-1, -2))
+            d_slopes = rounding(_sum_to(d_slopes, score.alibi_slopes.shape))
+        if score.sinks is not None:
+            weights = rounding(xp.exp(rounding(score.sinks[:, None] - lse)))
+            d_sinks = rounding(-(weights * delta).sum((0, 2)))
+        d_scores = rounding(d_scores * slope)
         d_q = rounding(scale * _weighted_sum(d_scores, keys, visible))
-        d_keys = scale * _weighted_sum(d_scores.swapaxes(-1, -2), q, visible.T)
-        d_values = _weighted_sum(probabilities.swapaxes(-1, -2), d_out, visible.T)
-    return d_q, rounding(_sum_heads(d_keys, k)), rounding(_sum_heads(d_values, v))
+        d_keys = scale * _weighted_sum(d_scores.swapaxes(-1, -2), q, visible.swapaxes(-1, -2))
+        weights = rounding(probabilities * dropout)
+        d_values = _weighted_sum(weights.swapaxes(-1, -2), d_out, visible.swapaxes(-1, -2))
+    d_k, d_v = rounding(_sum_heads(d_keys, k)), rounding(_sum_heads(d_values, v))
+    return Gradients(d_q, d_k, d_v, d_bias, d_slopes, d_sinks)
+
+
+def _distances(score: Score, q: Any, k: Any) -> Any:
+    """How far apart queries and keys stand: (seqlen_q, seqlen_k)."""
+    xp = _namespace(q)
+    return abs(xp.arange(q.shape[2])[:, None] + score.q_offset - xp.arange(k.shape[2])).astype(q.dtype)
+
+
+def _dropout(score: Score, q: Any, k: Any) -> Any:
+    """Factors of the probabilities: 0 or 1 / (1 - dropout_p)."""
+    if score.dropout_p == 0:
+        return 1
+    xp = _namespace(q)
+    batch, heads, seqlen_q, _ = q.shape
+    kept = rng.dropout_mask(score.seed, score.dropout_p, (batch, heads, seqlen_q, k.shape[2]))
+    return xp.asarray(kept).astype(q.dtype) / (1 - score.dropout_p)
+
+
+def _sum_to(x: Any, shape: tuple[int, ...]) -> Any:
+    """Adjoint of broadcasting from ``shape``."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    return x.sum(tuple(axis for axis, size in enumerate(shape) if size == 1 != x.shape[axis]), keepdims=True)
 
 
 def _namespace(array: Any) -> Any:

@@ -7,7 +7,38 @@ it in ``kernels_cu/attention/mask.cuh`` and ``block_range.cuh``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Score(NamedTuple):
+    """What becomes of the scores ``scale * q.k`` of one call before, and of weights after, the softmax.
+
+    In this order: ``softcap * tanh(s / softcap)``; ``+ bias``; ``- slope * |i + q_offset - j|`` (ALiBi); hidden where
+    the mask is False; softmax over keys and the sink; weights that dropout keeps times ``1 / (1 - dropout_p)``, the
+    others 0.
+    Arrays are those of one framework; None stands for what the call does not have.
+    """
+
+    softcap: float | None = None
+    #: Broadcast to (batch, num_heads, seqlen_q, seqlen_k).
+    bias: Any = None
+    #: Boolean, True where a query sees a key; broadcasts like the bias.
+    mask: Any = None
+    #: (batch or 1, num_heads), and where query 0 stands among the keys.
+    alibi_slopes: Any = None
+    q_offset: int = 0
+    #: (num_heads,): one more logit per row, of a key whose value is 0.
+    sinks: Any = None
+    dropout_p: float = 0.0
+    seed: int = 0
+    #: Number of the first batch entry here, as the generator counts them.
+    first_batch: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing at all is done."""
+        arrays = (self.bias, self.mask, self.alibi_slopes, self.sinks)
+        return self.softcap is None and self.dropout_p == 0 and all(array is None for array in arrays)
 
 
 @dataclass(frozen=True, slots=True)

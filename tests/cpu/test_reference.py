@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cuflash import reference
-from cuflash.scores import Band
+from cuflash.scores import Band, Score
 
 BANDS = {
     "open": Band(),
@@ -48,7 +48,7 @@ def test_gradients_are_finite_differences(band):
     out, lse = reference.attention(*inputs, band=band, scale=0.7)
     empty = np.isneginf(lse)
     d_out, d_lse = rng.standard_normal(out.shape), np.where(empty, 5.0, rng.standard_normal(lse.shape))
-    gradients = reference.attention_backward(d_out, *inputs, band=band, scale=0.7, d_lse=d_lse)
+    gradients = reference.attention_backward(d_out, *inputs, band=band, scale=0.7, d_lse=d_lse)[:3]
 
     def loss(*arrays):
         out, lse = reference.attention(*arrays, band=band, scale=0.7)
@@ -68,7 +68,7 @@ def test_gradient_of_every_element_is_a_finite_difference():
     inputs = operands(rng, heads=2, heads_kv=1, seqlen_q=3, seqlen_k=3, dim=2, dim_v=2)
     band = Band(-1, 1)
     d_out = rng.standard_normal((2, 2, 3, 2))
-    gradients = reference.attention_backward(d_out, *inputs, band=band, scale=0.7)
+    gradients = reference.attention_backward(d_out, *inputs, band=band, scale=0.7)[:3]
     for which, gradient in enumerate(gradients):
         for index in np.ndindex(gradient.shape):
             values = []
@@ -86,7 +86,7 @@ def test_rows_that_see_nothing():
     assert (out[:, :, :3] == 0).all()
     assert np.isneginf(lse[:, :, :3]).all()
     assert np.isfinite(lse[:, :, 3:]).all()
-    d_q, _, _ = reference.attention_backward(np.ones_like(out), q, k, v, band=band, scale=1.0)
+    d_q, *_ = reference.attention_backward(np.ones_like(out), q, k, v, band=band, scale=1.0)
     assert (d_q[:, :, :3] == 0).all()
 
 
@@ -97,7 +97,7 @@ def test_no_queries_or_no_keys(seqlen_q, seqlen_k):
     assert out.shape == (2, 4, seqlen_q, 4)
     assert (out == 0).all()
     assert np.isneginf(lse).all()
-    gradients = reference.attention_backward(np.ones_like(out), q, k, v, scale=1.0)
+    gradients = reference.attention_backward(np.ones_like(out), q, k, v, scale=1.0)[:3]
     assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
     assert all((g == 0).all() for g in gradients)
 
@@ -121,8 +121,8 @@ def test_naive_is_the_reference_up_to_its_dtype(dtype):
     pairs = [
         *zip(reference.naive(*inputs, scale=0.5), reference.attention(*inputs, scale=0.5), strict=True),
         *zip(
-            reference.naive_backward(d_out, *inputs, scale=0.5),
-            reference.attention_backward(d_out, *inputs, scale=0.5),
+            reference.naive_backward(d_out, *inputs, scale=0.5)[:3],
+            reference.attention_backward(d_out, *inputs, scale=0.5)[:3],
             strict=True,
         ),
     ]
@@ -132,3 +132,85 @@ def test_naive_is_the_reference_up_to_its_dtype(dtype):
         error = np.abs(rounded - exact).max()
         assert error <= 30 * np.finfo(dtype).eps
         assert (error > 0) == (dtype != "float64")
+
+
+RNG = np.random.default_rng(7)
+SCORES = {
+    "softcap": Score(softcap=1.5),
+    "bias": Score(bias=RNG.standard_normal((2, 4, 5, 6))),
+    "bias over heads and queries": Score(bias=RNG.standard_normal((2, 1, 1, 6))),
+    "bias over the batch": Score(bias=RNG.standard_normal((4, 5, 1))),
+    "mask": Score(mask=RNG.random((2, 1, 5, 6)) < 0.6),
+    "alibi": Score(alibi_slopes=RNG.random((1, 4)), q_offset=1),
+    "alibi per batch entry": Score(alibi_slopes=RNG.random((2, 4)), q_offset=-3),
+    "sinks": Score(sinks=RNG.standard_normal(4)),
+    "dropout": Score(dropout_p=0.4, seed=1 << 40),
+    "all": Score(2.0, RNG.standard_normal((4, 1, 6)), RNG.random((5, 6)) < 0.7, RNG.random((1, 4)), 1,
+                 RNG.standard_normal(4), 0.2, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_gradients_of_options_are_finite_differences(score, band):
+    rng = np.random.default_rng(2)
+    inputs = operands(rng)
+    names = [name for name in ("bias", "alibi_slopes", "sinks") if getattr(score, name) is not None]
+    leaves = [*inputs, *(getattr(score, name) for name in names)]
+
+    def results(q, k, v, *others):
+        here = score._replace(**dict(zip(names, others, strict=True)))
+        return reference.attention(q, k, v, band=band, scale=0.7, score=here)
+
+    out, lse = results(*leaves)
+    d_out, d_lse = rng.standard_normal(out.shape), np.where(np.isfinite(lse), rng.standard_normal(lse.shape), 0)
+    found = reference.attention_backward(d_out, *inputs, band=band, scale=0.7, score=score, d_lse=d_lse)
+    gradients = [*found[:3], *(getattr(found, f"d_{name}") for name in names)]
+    assert sum(gradient is not None for gradient in found) == len(gradients)
+    for which, gradient in enumerate(gradients):
+        assert gradient.shape == leaves[which].shape
+        direction, step = rng.standard_normal(gradient.shape), 1e-5
+        losses = []
+        for sign in (1, -1):
+            moved = [x + sign * step * direction if i == which else x for i, x in enumerate(leaves)]
+            out, lse = results(*moved)
+            losses.append((out * d_out).sum() + (np.where(np.isfinite(lse), lse, 0) * d_lse).sum())
+        np.testing.assert_allclose(
+            (gradient * direction).sum(), (losses[0] - losses[1]) / (2 * step), rtol=1e-6, atol=1e-8
+        )
+
+
+def test_options_by_hand():
+    """One query, two keys of score 1 and 2: order and meaning of what is done to them."""
+    q, k, v = (
+        np.ones((1, 1, 1, 1)),
+        np.array([1.0, 2.0]).reshape(1, 1, 2, 1),
+        np.array([10.0, 20.0]).reshape(1, 1, 2, 1),
+    )
+    score = Score(
+        softcap=3.0, bias=np.array([0.5, -0.25]), alibi_slopes=np.array([[0.125]]), q_offset=1, sinks=np.array([0.75])
+    )
+    out, lse = reference.attention(q, k, v, scale=1.0, score=score)
+    scores = 3 * np.tanh(np.array([1, 2]) / 3) + [0.5, -0.25] - 0.125 * np.array([1, 0])
+    total = np.exp(scores).sum() + np.exp(0.75)
+    np.testing.assert_allclose(lse.item(), np.log(total), rtol=1e-14)
+    np.testing.assert_allclose(out.item(), np.exp(scores) @ [10, 20] / total, rtol=1e-14)
+    out, lse = reference.attention(q, k, v, scale=1.0, score=Score(mask=np.array([False, True])))
+    assert (out.item(), lse.item()) == (20, 2)
+
+
+def test_a_sink_is_a_key_whose_value_is_zero():
+    q, k, v = operands(np.random.default_rng(3))
+    sinks = np.array([0.3, -1.0, 2.0, 0.0])
+    out, lse = reference.attention(q, k, v, scale=0.7, score=Score(sinks=sinks), band=BANDS["some rows empty"])
+    # The same by a key more, whose product with every query is the sink.
+    more_k = np.concatenate((np.repeat(k, 2, 1), np.zeros((2, 4, 1, 3))), 2)
+    bias = np.zeros((4, 1, 7))
+    bias[:, 0, 6] = sinks
+    more_v = np.concatenate((np.repeat(v, 2, 1), np.zeros((2, 4, 1, 4))), 2)
+    mask = np.concatenate(
+        (BANDS["some rows empty"].visible(np.arange(5)[:, None], np.arange(6)), np.ones((5, 1), bool)), 1
+    )
+    wanted = reference.attention(q, more_k, more_v, scale=0.7, score=Score(bias=bias, mask=mask))
+    np.testing.assert_allclose(out, wanted[0], atol=1e-14)
+    np.testing.assert_allclose(lse, wanted[1], atol=1e-14)
