@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from itertools import product
 from numbers import Real
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from .arrays import ALIGNMENT, CPU, ArrayView
-from .problem import ITEMSIZE, Problem
+from .problem import ITEMSIZE, Features, Problem
 from .scores import Band, make_band
 from .tensor_map import STRIDE_LIMIT
 
@@ -46,6 +46,26 @@ class Options(NamedTuple):
     layout: Any = "bhsd"
     precision: Any = None
     deterministic: Any = False
+    softcap: Any = None
+    dropout_p: Any = 0.0
+
+
+class Extras(NamedTuple):
+    """The arrays beside q, k and v, or what is known of each; None for what the call does not have."""
+
+    mask: Any = None
+    bias: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
+
+    def map(self, function: Callable[..., Any], *others: Iterable[Any]) -> Extras:
+        """What the function makes of each that is there, and of what the others have in its place."""
+        values = zip(self, *others, strict=True)
+        return Extras(*(None if value[0] is None else function(*value) for value in values))
+
+
+#: A call with none of them.
+NO_EXTRAS = Extras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +87,10 @@ class Call:
     lse_shape: tuple[int, ...]
     #: Of d_q, d_k and d_v before they are summed to the shapes of q, k and v; backward only.
     gradient_shapes: tuple[tuple[int, ...], ...] = ()
+    #: Strides of the extras, in elements: (*loop, batch, head, query, key), or the first of these that they have.
+    extras: Extras = NO_EXTRAS
+    #: The same of the gradients that are asked for, which are arrays in C order with the shapes of the extras.
+    d_extras: Extras = NO_EXTRAS
 
     @property
     def has_rows(self) -> bool:
@@ -93,35 +117,38 @@ class Call:
 # --- the public entry points of this module ---------------------------------------------------------------------
 
 
-def check_later_options(
-    mask: Any, bias: Any, softcap: Any, alibi_slopes: Any, sinks: Any, score_mod: Any, dropout_p: Any, seed: Any
-) -> None:
+def check_later_options(score_mod: Any) -> None:
     """Raise NotImplementedError for an option of the interface that this version does not compute."""
-    has_dropout = type(dropout_p) is not float or dropout_p != 0.0
-    if mask is bias is softcap is alibi_slopes is sinks is score_mod is seed is None and not has_dropout:
-        return
-    given = {
-        "mask": mask is not None,
-        "bias": bias is not None,
-        "softcap": softcap is not None,
-        "alibi_slopes": alibi_slopes is not None,
-        "sinks": sinks is not None,
-        "score_mod": score_mod is not None,
-        "dropout_p": has_dropout and not (isinstance(dropout_p, Real) and dropout_p == 0),
-        "seed": seed is not None,
-    }
-    if not any(given.values()):
-        return
-    names = ", ".join(name for name, is_given in given.items() if is_given)
-    nearest = "; is_causal, window and q_offset hide keys" if mask is not None else ""
-    raise NotImplementedError(f"{names}: not implemented yet{nearest}")
+    if score_mod is not None:
+        raise NotImplementedError(
+            "score_mod: not implemented yet; softcap, bias, alibi_slopes and mask change scores in their ways"
+        )
 
 
-def forward(q: ArrayView, k: ArrayView, v: ArrayView, out: ArrayView | None, options: Options) -> Call:
-    """Check a forward call. Operands: q, k, v, out."""
+def check_seed(seed: Any, dropout_p: Any) -> int:
+    """The seed as 64 bits; 0 where there is none and none is needed."""
+    if seed is None:
+        if isinstance(dropout_p, Real) and dropout_p == 0:
+            return 0
+        raise ValueError("seed: got None, wanted an integer, as dropout_p is not 0 (PyTorch tensors have a generator)")
+    try:
+        return operator.index(seed) & 0xFFFFFFFFFFFFFFFF
+    except TypeError:
+        raise TypeError(f"seed: got {seed!r}, wanted an integer") from None
+
+
+def forward(
+    q: ArrayView,
+    k: ArrayView,
+    v: ArrayView,
+    out: ArrayView | None,
+    options: Options,
+    extras: Extras = NO_EXTRAS,
+) -> Call:
+    """Check a forward call. Operands: q, k, v, out; the extras are views, too."""
     shapes = _check_inputs(q, k, v, options)
     out_axes = _allocated(shapes.out_shape, shapes) if out is None else _check_out(out, q, shapes)
-    return _call(shapes, [shapes.q, shapes.k, shapes.v, out_axes], options)
+    return _call(shapes, [shapes.q, shapes.k, shapes.v, out_axes], options, q, extras)
 
 
 def backward(
@@ -133,8 +160,10 @@ def backward(
     lse: ArrayView,
     d_lse: ArrayView | None,
     options: Options,
+    extras: Extras = NO_EXTRAS,
+    wanted: Extras = NO_EXTRAS,
 ) -> Call:
-    """Check a backward call. Operands: d_out, q, k, v, out, d_q, d_k, d_v."""
+    """Check a backward call. Operands: d_out, q, k, v, out, d_q, d_k, d_v; gradients of extras where ``wanted``."""
     shapes = _check_inputs(q, k, v, options)
     for view in (d_out, out):
         _check_like_q(view, q)
@@ -159,7 +188,7 @@ def backward(
         _axes(out, shapes.layout),
         *(_allocated(shape, shapes) for shape in gradient_shapes),
     ]
-    return _call(shapes, operands, options, gradient_shapes)
+    return _call(shapes, operands, options, q, extras, wanted, gradient_shapes)
 
 
 def check_device(problem: Problem, compute_capability: int, device: int) -> None:
@@ -173,6 +202,12 @@ def check_device(problem: Problem, compute_capability: int, device: int) -> None
         raise TypeError(
             f"q: got bfloat16 on cuda:{device}, whose compute capability {version} has no bfloat16 (8.0 has); "
             "wanted float16 or float32"
+        )
+    if problem.features != Features():
+        names = [name for name, value in zip(Features.__slots__, astuple(problem.features), strict=True) if value]
+        raise NotImplementedError(
+            f"{', '.join(name for name in names if name != 'q_offset')}: not implemented on a GPU yet; compute on the "
+            "CPU instead"
         )
 
 
@@ -418,15 +453,36 @@ def _call(
     shapes: _Shapes,
     operands: Sequence[_Axes],
     options: Options,
+    q: ArrayView,
+    extras: Extras,
+    wanted: Extras = NO_EXTRAS,
     gradient_shapes: tuple[tuple[int, ...], ...] = (),
 ) -> Call:
+    given = _check_extras(extras, q, shapes)
+    gradients = wanted.map(lambda _, view, strides: _in_c_order(view.shape, strides), extras, given)
+    num_axes = len(shapes.batch_shape)
+    others = [strides for strides in (given.mask, given.bias, given.alibi_slopes) if strides is not None]
+    others += [strides for strides in (gradients.bias, gradients.alibi_slopes) if strides is not None]
     loop, batch, batch_strides = _collapse(
         shapes.batch_shape,
-        [_broadcast_strides(operand.batch_strides, len(shapes.batch_shape)) for operand in operands],
+        [
+            *(_broadcast_strides(operand.batch_strides, num_axes) for operand in operands),
+            *(strides[:num_axes] for strides in others),
+        ],
     )
     strides = tuple(
         (*outer, operand.head_stride, operand.row_stride)
-        for outer, operand in zip(batch_strides, operands, strict=True)
+        for outer, operand in zip(batch_strides, operands, strict=False)
+    )
+    collapsed = iter(batch_strides[len(operands) :])
+    given, gradients = (
+        Extras(
+            *(
+                own if own is None or name == "sinks" else (*next(collapsed), *own[num_axes:])
+                for name, own in zip(Extras._fields, each, strict=True)
+            )
+        )
+        for each in (given, gradients)
     )
     itemsize = ITEMSIZE[shapes.dtype]
     is_vectorized = all(operand.is_aligned for operand in operands) and not any(
@@ -443,13 +499,72 @@ def _call(
         head_dim_v=shapes.head_dim_v,
         scale=_check_scale(options.scale, shapes.head_dim),
         band=_check_band(options, shapes.seqlen_q, shapes.seqlen_k),
+        features=_check_features(options, extras, shapes),
         precision=_check_precision(options.precision, shapes.dtype, shapes.device),
         deterministic=_check_bool(options.deterministic, "deterministic"),
         vectorized=is_vectorized,
         mappable=all(0 <= stride * itemsize < STRIDE_LIMIT for stride in sum(strides, ())),
     )
     spans = tuple(operand.span for operand in operands)
-    return Call(problem, shapes.device, loop, strides, spans, shapes.out_shape, shapes.lse_shape, gradient_shapes)
+    return Call(
+        problem,
+        shapes.device,
+        loop,
+        strides,
+        spans,
+        shapes.out_shape,
+        shapes.lse_shape,
+        gradient_shapes,
+        given,
+        gradients,
+    )
+
+
+def _check_extras(extras: Extras, q: ArrayView, shapes: _Shapes) -> Extras:
+    """Strides of the extras, in elements, 0 where they are broadcast.
+
+    They are those of all batch axes, then of (head, query, key) or the first of these; for the sinks that of the head.
+    """
+    heads = (shapes.num_heads,) if shapes.has_heads else ()
+    pairs = (*shapes.batch_shape, *heads, shapes.seqlen_q, shapes.seqlen_k)
+    wanted = Extras(
+        (pairs, "(..., heads, seqlen_q, seqlen_k)"),
+        (pairs, "(..., heads, seqlen_q, seqlen_k)"),
+        ((*shapes.batch_shape, shapes.num_heads), "(..., heads)"),
+        ((shapes.num_heads,), "(heads,)"),
+    )
+
+    def check(view: ArrayView, target: tuple[tuple[int, ...], str]) -> tuple[int, ...]:
+        shape, meaning = target
+        if view.name == "mask":
+            if view.dtype != "bool":
+                raise TypeError(f"mask: got dtype {view.dtype}, wanted bool, True where a query sees a key (mask != 0)")
+        elif view.dtype not in ITEMSIZE:
+            raise TypeError(f"{view.name}: got dtype {view.dtype}, wanted float16, bfloat16, float32 or float64")
+        _check_device(view, q)
+        missing = len(shape) - view.ndim
+        fits = missing >= 0 and all(
+            own in (1, size) for own, size in zip(view.shape, shape[max(missing, 0) :], strict=False)
+        )
+        if not fits or (view.name == "sinks" and view.shape != shape):
+            what = "wanted" if view.name == "sinks" else "wanted a shape that broadcasts to"
+            raise ValueError(f"{view.name}: got shape {view.shape}, {what} {shape}, {meaning}")
+        strides = (0,) * missing + tuple(
+            0 if size == 1 else stride for size, stride in zip(view.shape, view.strides, strict=True)
+        )
+        return strides if shapes.has_heads or len(shape) != len(pairs) else (*strides[:-2], 0, *strides[-2:])
+
+    return extras.map(check, wanted)
+
+
+def _in_c_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a new array of this shape, 0 where ``strides``, which may have more axes in front, are."""
+    own: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        own.insert(0, step if size > 1 else 0)
+        step *= size
+    return (*(0,) * (len(strides) - len(own)), *own)
 
 
 def _broadcast_strides(strides: tuple[int, ...], ndim: int) -> tuple[int, ...]:
@@ -482,6 +597,44 @@ def _collapse(
 
 
 # --- options ----------------------------------------------------------------------------------------------------
+
+
+def _check_features(options: Options, extras: Extras, shapes: _Shapes) -> Features:
+    dtypes = extras.map(lambda view: view.dtype)
+    q_offset = 0
+    if extras.alibi_slopes is not None:
+        q_offset = (
+            shapes.seqlen_k - shapes.seqlen_q if options.q_offset is None else _check_int(options.q_offset, "q_offset")
+        )
+    return Features(
+        softcap=_check_softcap(options.softcap),
+        mask=extras.mask is not None,
+        bias=dtypes.bias,
+        alibi_slopes=dtypes.alibi_slopes,
+        q_offset=q_offset,
+        sinks=dtypes.sinks,
+        dropout_p=_check_dropout_p(options.dropout_p),
+    )
+
+
+def _check_softcap(softcap: Any) -> float | None:
+    if softcap is None:
+        return None
+    if not isinstance(softcap, Real) or isinstance(softcap, bool):
+        raise TypeError(f"softcap: got {type(softcap).__name__}, wanted a real number or None")
+    softcap = float(softcap)
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: got {softcap}, wanted a finite number above 0, or None for no cap")
+    return softcap
+
+
+def _check_dropout_p(dropout_p: Any) -> float:
+    if not isinstance(dropout_p, Real) or isinstance(dropout_p, bool):
+        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, wanted a real number")
+    dropout_p = float(dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, wanted a probability in [0, 1)")
+    return dropout_p
 
 
 def _check_scale(scale: Any, head_dim: int) -> float:

@@ -108,11 +108,17 @@ class Framework(ABC):
         """Whether a call on these arrays, of which some may be None, has to be recorded for differentiation."""
         return False
 
-    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
+    def seed(self, array: Any) -> int | None:
+        """A fresh seed from the framework's own generator, if it has one that calls draw from."""
+        return None
+
+    def attention(
+        self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Any, seed: int | None
+    ) -> tuple[Any, Any]:
         """``functional.forward``, recorded; asked for only where ``records`` says so."""
         raise NotImplementedError(f"{self.name} arrays do not record")
 
-    def attention_backward(self, *operands_and_options: Any) -> tuple[Any, Any, Any]:
+    def attention_backward(self, *arguments: Any) -> tuple[Any, ...]:
         """``functional.backward``, recorded."""
         raise NotImplementedError(f"{self.name} arrays do not record")
 
@@ -297,7 +303,7 @@ def import_cupy(cuda_version: str | None = None) -> Any:
         raise ImportError(f"arrays on a GPU need CuPy, which cannot be imported ({error}): {lines}") from error
 
 
-_numpy_dtypes = {name: numpy.dtype(name) for name in ("float16", "float32", "float64", "uint8")}
+_numpy_dtypes = {name: numpy.dtype(name) for name in ("float16", "float32", "float64", "uint8", "bool")}
 
 
 def numpy_dtype(name: str) -> numpy.dtype:

@@ -16,8 +16,9 @@ import numpy
 from numpy.lib.stride_tricks import as_strided
 
 from . import arguments, arrays, cpu
-from .arguments import Call, Options
+from .arguments import NO_EXTRAS, Call, Extras, Options
 from .arrays import CPU, Framework
+from .scores import Score
 
 #: Prepared calls kept per framework; all are dropped when there are more.
 MAX_PREPARED = 4096
@@ -31,6 +32,7 @@ class Gradients(NamedTuple):
     d_v: Any
     d_bias: Any = None
     d_sinks: Any = None
+    d_alibi_slopes: Any = None
 
 
 def attention(
@@ -38,18 +40,18 @@ def attention(
     k: Any,
     v: Any,
     *,
-    mask: None = None,
-    bias: None = None,
+    mask: Any = None,
+    bias: Any = None,
     is_causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | None = None,
     scale: float | None = None,
-    softcap: None = None,
-    alibi_slopes: None = None,
-    sinks: None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     score_mod: None = None,
     dropout_p: float = 0.0,
-    seed: None = None,
+    seed: int | None = None,
     layout: str = "bhsd",
     precision: str | None = None,
     deterministic: bool = False,
@@ -78,8 +80,11 @@ def attention(
         the heads broadcast between `q`, `k` and `v`, without a copy.
     v : array, shape (..., heads_kv, seqlen_k, head_dim_v)
         Values; ``head_dim_v`` may differ from ``head_dim``.
-    mask, bias, softcap, alibi_slopes, sinks, score_mod, seed : None
-        Not implemented yet; anything but None raises NotImplementedError.
+    mask : array of bool, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
+        True where a query sees a key, in either layout. A GPU does not serve this option, nor `bias`, `softcap`,
+        `alibi_slopes`, `sinks` and dropout, yet: NotImplementedError.
+    bias : array of floats, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
+        Added to the scores; any strides. It may be of another dtype than `q`. -inf hides a key.
     is_causal : bool, default False
         Query ``i`` sees keys ``j <= i + q_offset`` only.
     window : (int or None, int or None), optional
@@ -90,8 +95,21 @@ def attention(
         query with the last key; 0 aligns the first ones.
     scale : float, default ``head_dim ** -0.5``
         Factor of the products ``q_i . k_j``; any finite number.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``, before anything else is done to them.
+    alibi_slopes : array of floats, shape (heads,) or (..., heads), optional
+        Scores are lowered by ``slope * abs(i + q_offset - j)`` (ALiBi [3]_).
+    sinks : array of floats, shape (heads,), optional
+        One more logit per row, of a key whose value is 0: it takes part in the softmax and in the LSE. A query that
+        sees no key has then out 0 and the sink as LSE.
+    score_mod : None
+        Not implemented yet; anything but None raises NotImplementedError.
     dropout_p : float, default 0.0
-        Not implemented yet; anything but 0 raises NotImplementedError.
+        Probability in [0, 1) with which a weight becomes 0 after the softmax; the others are multiplied by
+        ``1 / (1 - dropout_p)``. The LSE is that without dropout.
+    seed : int, optional
+        Seed of dropout, 64 bits: the same seed drops the same weights, on every device. Without it PyTorch's
+        generator is asked; other arrays need it.
     layout : {"bhsd", "bshd"}, default "bhsd"
         Order of the axes. "bshd" takes (..., seqlen, heads, dim), at least three axes, and gives `out`
         in that order as well, without transposing anything.
@@ -149,6 +167,8 @@ def attention(
     .. [1] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023,
        arXiv:2307.08691.
     .. [2] M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867.
+    .. [3] O. Press, N. A. Smith, M. Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input Length
+       Extrapolation", 2021, arXiv:2108.12409.
 
     Examples
     --------
@@ -172,16 +192,20 @@ def attention(
     framework = _framework(q, k, v)
     if out is not None:
         arrays.framework_of(q=q, out=out)
-    arguments.check_later_options(mask, bias, softcap, alibi_slopes, sinks, score_mod, dropout_p, seed)
-    options = (is_causal, window, q_offset, scale, layout, precision, deterministic)
+    extras = _extras(mask, bias, alibi_slopes, sinks, q)
+    arguments.check_later_options(score_mod)
+    options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p)
+    if dropout_p != 0.0 or seed is not None:
+        seed = framework.seed(q) if seed is None and framework is not None else seed
+        seed = arguments.check_seed(seed, dropout_p)
     if framework is None:
-        result = _attention_dlpack(q, k, v, out, return_lse, options)
-    elif framework.records(q, k, v, out):
+        result = _attention_dlpack(q, k, v, out, return_lse, options, extras, seed)
+    elif framework.records(q, k, v, out, *extras):
         if out is not None:
             raise ValueError("out: got an array, wanted None: out= does not support automatic differentiation")
-        result = framework.attention(q, k, v, options)
+        result = framework.attention(q, k, v, options, extras, seed)
     else:
-        result = forward(framework, q, k, v, out, return_lse, options)
+        result = forward(framework, q, k, v, out, return_lse, options, extras, seed)
     return result if return_lse else result[0]
 
 
@@ -194,18 +218,18 @@ def attention_backward(
     lse: Any,
     *,
     d_lse: Any = None,
-    mask: None = None,
-    bias: None = None,
+    mask: Any = None,
+    bias: Any = None,
     is_causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | None = None,
     scale: float | None = None,
-    softcap: None = None,
-    alibi_slopes: None = None,
-    sinks: None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     score_mod: None = None,
     dropout_p: float = 0.0,
-    seed: None = None,
+    seed: int | None = None,
     layout: str = "bhsd",
     precision: str | None = None,
     deterministic: bool = False,
@@ -241,7 +265,8 @@ precision
     Returns
     -------
     Gradients
-        ``d_q``, ``d_k`` and ``d_v``, each with the shape and dtype of its operand; ``d_bias`` and ``d_sinks`` are None.
+        ``d_q``, ``d_k`` and ``d_v``, and ``d_bias``, ``d_sinks`` and ``d_alibi_slopes`` where the call has such an
+        array (else None), each with the shape and dtype of its operand.
         Where an operand was broadcast, or a key head was shared by query heads, its gradient is the sum.
         A query that sees no key has gradient 0, and so has a key that nobody sees.
 
@@ -273,7 +298,7 @@ precision
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.standard_normal((3, 4, 6, 8))  # 4 heads of 6 rows of 8 elements
     >>> out, lse = cuflash.attention(q, k, v, return_lse=True)
-    >>> d_q, d_k, d_v, _, _ = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
+    >>> d_q, d_k, d_v, *_ = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
 
     The weights of every row add up to 1, so a loss that sums all of `out` has these gradients by `v` in total:
 
@@ -283,14 +308,17 @@ precision
     framework = _framework(q, k, v)
     others = {"d_out": d_out, "out": out, "lse": lse, **({} if d_lse is None else {"d_lse": d_lse})}
     arrays.framework_of(q=q, **others)
-    arguments.check_later_options(mask, bias, softcap, alibi_slopes, sinks, score_mod, dropout_p, seed)
-    options = (is_causal, window, q_offset, scale, layout, precision, deterministic)
+    extras = _extras(mask, bias, alibi_slopes, sinks, q)
+    arguments.check_later_options(score_mod)
+    options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p)
+    seed = arguments.check_seed(seed, dropout_p)
     operands = (d_out, q, k, v, out, lse, d_lse)
+    wanted = (bias is not None, alibi_slopes is not None, sinks is not None)
     if framework is None:
-        return _attention_backward_dlpack(operands, options)
-    if framework.records(*operands):
-        return Gradients(*framework.attention_backward(*operands, options))
-    return Gradients(*backward(framework, *operands, options))
+        return _attention_backward_dlpack(operands, options, extras, wanted, seed)
+    if framework.records(*operands, *extras):
+        return Gradients(*framework.attention_backward(*operands, options, extras, wanted, seed))
+    return backward(framework, *operands, options, extras, wanted, seed)
 
 
 def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
@@ -377,21 +405,31 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
 
 
 def forward(
-    framework: Framework, q: Any, k: Any, v: Any, out: Any, with_lse: bool, options: tuple[Any, ...]
+    framework: Framework,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    with_lse: bool,
+    options: tuple[Any, ...],
+    extras: Extras = NO_EXTRAS,
+    seed: int | None = None,
 ) -> tuple[Any, Any]:
     """Out and, where asked for, LSE; ``options`` are those of ``arguments.Options``."""
     signature = framework.signature
-    key = None
+    key: tuple[Hashable, ...] | None = None
     try:
         key = (signature(q), signature(k), signature(v), None if out is None else signature(out), options)
+        if extras is not NO_EXTRAS:
+            key = (*key, extras.map(signature))
         run = framework.prepared.get(key)
     except (TypeError, RuntimeError):
         # An unhashable option, or an array that has no strides: preparing says which.
         run = None
     if run is None:
-        run = _prepare_forward(framework, q, k, v, out, options)
+        run = _prepare_forward(framework, q, k, v, out, options, extras)
         _remember(framework, key, run)
-    return run(q, k, v, out, with_lse)
+    return run(q, k, v, out, with_lse, extras, seed)
 
 
 def backward(
@@ -404,19 +442,24 @@ def backward(
     lse: Any,
     d_lse: Any,
     options: tuple[Any, ...],
-) -> tuple[Any, Any, Any]:
-    """Gradients d_q, d_k, d_v."""
+    extras: Extras = NO_EXTRAS,
+    wanted: tuple[bool, bool, bool] = (False, False, False),
+    seed: int | None = None,
+) -> Gradients:
+    """Gradients by q, k and v, and by those of bias, alibi_slopes and sinks for which they are ``wanted``."""
     operands = (d_out, q, k, v, out, lse) if d_lse is None else (d_out, q, k, v, out, lse, d_lse)
-    key = None
+    key: tuple[Hashable, ...] | None = None
     try:
         key = (*map(framework.signature, operands), options)
+        if extras is not NO_EXTRAS:
+            key = (*key, extras.map(framework.signature), wanted)
         run = framework.prepared.get(key)
     except (TypeError, RuntimeError):
         run = None
     if run is None:
-        run = _prepare_backward(framework, operands, options)
+        run = _prepare_backward(framework, operands, options, extras, wanted)
         _remember(framework, key, run)
-    return run(d_out, q, k, v, out, lse, d_lse)
+    return run(d_out, q, k, v, out, lse, d_lse, extras, seed)
 
 
 def _remember(framework: Framework, key: Hashable, run: Any) -> None:
@@ -425,37 +468,56 @@ def _remember(framework: Framework, key: Hashable, run: Any) -> None:
     framework.prepared[key] = run
 
 
-def _prepare_forward(
-    framework: Framework, q: Any, k: Any, v: Any, out: Any, options: tuple[Any, ...]
-) -> Callable[..., tuple[Any, Any]]:
-    if framework.is_lazy(q, k, v):
+def _extras(mask: Any, bias: Any, alibi_slopes: Any, sinks: Any, q: Any) -> Extras:
+    """The arrays beside q, k and v, of the same framework."""
+    if mask is bias is alibi_slopes is sinks is None:
+        return NO_EXTRAS
+    extras = Extras(mask, bias, alibi_slopes, sinks)
+    given = {name: array for name, array in extras._asdict().items() if array is not None}
+    arrays.framework_of(q=q, **given)
+    return extras
 
-        def run(q: Any, k: Any, v: Any, out: Any, with_lse: bool) -> tuple[Any, Any]:
+
+def _prepare_forward(
+    framework: Framework, q: Any, k: Any, v: Any, out: Any, options: tuple[Any, ...], extras: Extras
+) -> Callable[..., tuple[Any, Any]]:
+    if framework.is_lazy(q, k, v, *extras):
+
+        def run(q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: int | None) -> tuple[Any, Any]:
             q, k, v = map(framework.resolve, (q, k, v))
-            return forward(framework, q, k, v, out, with_lse, options)
+            return forward(framework, q, k, v, out, with_lse, options, extras.map(framework.resolve), seed)
 
         return run
     views = [framework.view(array, name) for name, array in zip("qkv", (q, k, v), strict=True)]
     out_view = None if out is None else framework.view(out, "out")
-    call = arguments.forward(views[0], views[1], views[2], out_view, Options(*options))
+    extra_views = extras.map(framework.view, Extras._fields)
+    call = arguments.forward(views[0], views[1], views[2], out_view, Options(*options), extra_views)
     return (_HostForward if call.device == CPU else _DeviceForward)(framework, call)
 
 
 def _prepare_backward(
-    framework: Framework, operands: tuple[Any, ...], options: tuple[Any, ...]
-) -> Callable[..., tuple[Any, Any, Any]]:
-    if framework.is_lazy(*operands):
+    framework: Framework,
+    operands: tuple[Any, ...],
+    options: tuple[Any, ...],
+    extras: Extras,
+    wanted: tuple[bool, bool, bool],
+) -> Callable[..., Gradients]:
+    if framework.is_lazy(*operands, *extras):
 
-        def run(*operands: Any) -> tuple[Any, Any, Any]:
+        def run(*arguments: Any) -> Gradients:
+            *operands, extras, seed = arguments
             d_out, q, k, v, out, lse, d_lse = (None if x is None else framework.resolve(x) for x in operands)
-            return backward(framework, d_out, q, k, v, out, lse, d_lse, options)
+            extras = extras.map(framework.resolve)
+            return backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed)
 
         return run
     names = ("d_out", "q", "k", "v", "out", "lse", "d_lse")
     views: list[Any] = [framework.view(array, name) for name, array in zip(names, operands, strict=False)]
     d_lse_view = views.pop() if len(views) == len(names) else None
     d_out, q, k, v, out, lse = views
-    call = arguments.backward(d_out, q, k, v, out, lse, d_lse_view, Options(*options))
+    extra_views = extras.map(framework.view, Extras._fields)
+    asked_for = Extras(None, *(True if is_wanted else None for is_wanted in wanted))
+    call = arguments.backward(d_out, q, k, v, out, lse, d_lse_view, Options(*options), extra_views, asked_for)
     return (_HostBackward if call.device == CPU else _DeviceBackward)(framework, call)
 
 
@@ -498,13 +560,24 @@ class _Prepared:
                 gradient[...] = 0
         return gradients
 
-    def sum_gradients(self, gradients: Sequence[Any], operands: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Gradients in the shapes of the operands."""
+    def allocate_extra_gradients(self, q: Any, extras: Extras) -> Extras:
+        """Zeros to add the gradients of extras to, where these are asked for: float32, or float64."""
+
+        def zeros(_: tuple[int, ...], extra: Any) -> Any:
+            gradient = self.framework.empty(q, tuple(extra.shape), self.lse_dtype)
+            gradient[...] = 0
+            return gradient
+
+        return self.call.d_extras.map(zeros, extras)
+
+    def finish(self, gradients: Sequence[Any], operands: Sequence[Any], d_extras: Extras, extras: Extras) -> Gradients:
+        """Gradients in the shapes of the operands, and in the dtypes of the extras."""
         d_q, d_k, d_v = (
             arrays.sum_to(self.framework, gradient, tuple(operand.shape))
             for gradient, operand in zip(gradients, operands, strict=True)
         )
-        return d_q, d_k, d_v
+        rounded = d_extras.map(lambda gradient, extra: self.framework.cast(gradient, extra.dtype), extras)
+        return Gradients(d_q, d_k, d_v, rounded.bias, rounded.sinks, rounded.alibi_slopes)
 
 
 class _Host(_Prepared):
@@ -522,9 +595,40 @@ class _Host(_Prepared):
         shape = (*self.call.loop, problem.batch, problem.num_heads, problem.seqlen_q)
         return self.framework.as_numpy(lse).reshape(shape)
 
+    def canonical_extras(self, extras: Extras, strides: Extras) -> Extras:
+        """Views as (*loop, batch, heads, seqlen_q, seqlen_k), or the first of these; of the sinks as (heads,)."""
+        p = self.call.problem
+        whole = (*self.call.loop, p.batch, p.num_heads, p.seqlen_q, p.seqlen_k)
+
+        def view(own: tuple[int, ...], extra: Any) -> numpy.ndarray:
+            array = self.framework.as_numpy(extra)
+            shape = (p.num_heads,) if len(own) == 1 else whole[: len(own)]
+            return as_strided(array, shape, tuple(array.itemsize * stride for stride in own))
+
+        return strides.map(view, extras)
+
+    def score(self, extras: Extras, index: tuple[int, ...], launch: int, seed: int | None) -> Score:
+        """What is done to the scores of one launch, given the canonical extras of all."""
+        p = self.call.problem
+        here = self.at(extras, index)
+        f = p.features
+        return Score(
+            f.softcap, here.bias, here.mask, here.alibi_slopes, f.q_offset, here.sinks, f.dropout_p, seed or 0,
+            launch * p.batch,
+        )  # fmt: skip
+
+    @staticmethod
+    def at(extras: Extras, index: tuple[int, ...]) -> Extras:
+        """The canonical extras of one launch; the sinks are those of all."""
+        return extras._replace(
+            **{name: x[index] for name, x in extras._asdict().items() if x is not None and x.ndim > 1}
+        )
+
 
 class _HostForward(_Host):
-    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool) -> tuple[Any, Any]:
+    def __call__(
+        self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: int | None
+    ) -> tuple[Any, Any]:
         out, lse = self.allocate(q, k, v, out, with_lse)
         if self.call.has_rows:
             p = self.call.problem
@@ -536,17 +640,31 @@ class _HostForward(_Host):
                 for array, strides, size in zip((q, k, v, out), self.call.strides, sizes, strict=True)
             ]
             canonical_lse = None if lse is None else self.canonical_lse(lse)
-            for index in numpy.ndindex(self.call.loop):
+            extras = self.canonical_extras(extras, self.call.extras)
+            for launch, index in enumerate(numpy.ndindex(self.call.loop)):
                 q_part, k_part, v_part, out_part = (operand[index] for operand in operands)
                 lse_part = None if canonical_lse is None else canonical_lse[index]
-                cpu.forward(q_part, k_part, v_part, out_part, lse_part, band=p.band, scale=p.scale)
+                score = self.score(extras, index, launch, seed)
+                cpu.forward(q_part, k_part, v_part, out_part, lse_part, band=p.band, scale=p.scale, score=score)
         return out, lse
 
 
 class _HostBackward(_Host):
-    def __call__(self, d_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, d_lse: Any) -> tuple[Any, Any, Any]:
+    def __call__(
+        self,
+        d_out: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        lse: Any,
+        d_lse: Any,
+        extras: Extras,
+        seed: int | None,
+    ) -> Gradients:
         gradients = self.allocate_gradients(q)
-        if self.call.has_pairs:
+        d_extras = self.allocate_extra_gradients(q, extras)
+        if self.call.has_pairs or (self.call.has_rows and d_extras.sinks is not None):
             p = self.call.problem
             q_size, k_size = (p.num_heads, p.seqlen_q, p.head_dim), (p.num_heads_kv, p.seqlen_k, p.head_dim)
             v_size, out_size = (p.num_heads_kv, p.seqlen_k, p.head_dim_v), (p.num_heads, p.seqlen_q, p.head_dim_v)
@@ -560,12 +678,23 @@ class _HostBackward(_Host):
             contiguous = self.framework.contiguous
             lse = self.canonical_lse(contiguous(lse))
             d_lse = None if d_lse is None else self.canonical_lse(contiguous(d_lse))
-            for index in numpy.ndindex(self.call.loop):
+            canonical = self.canonical_extras(extras, self.call.extras)
+            sums = self.canonical_extras(d_extras, self.call.d_extras)
+            for launch, index in enumerate(numpy.ndindex(self.call.loop)):
                 inputs, outputs = [x[index] for x in operands[:5]], [x[index] for x in operands[5:]]
                 d_lse_part = None if d_lse is None else d_lse[index]
                 parts: list[Any] = [*inputs, lse[index], d_lse_part, *outputs]
-                cpu.backward(*parts, band=p.band, scale=p.scale)
-        return self.sum_gradients(gradients, (q, k, v))
+                score = self.score(canonical, index, launch, seed)
+                # Where the extra was broadcast there is one element to add to.
+                d_bias, d_slopes, d_sinks = (
+                    None if x is None else x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+                    for x in self.at(sums, index)[1:]
+                )
+                cpu.backward(
+                    *parts, band=p.band, scale=p.scale, score=score, d_bias=d_bias, d_alibi_slopes=d_slopes,
+                    d_sinks=d_sinks,
+                )  # fmt: skip
+        return self.finish(gradients, (q, k, v), d_extras, extras)
 
 
 class _Device(_Prepared):
@@ -592,11 +721,13 @@ class _DeviceForward(_Device):
             self.launch = launch.ForwardCall(self.call.problem, self.device, *strides)
             self.offsets = tuple(self.call.offsets())
 
-    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool) -> tuple[Any, Any]:
+    def __call__(
+        self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: int | None
+    ) -> tuple[Any, Any]:
         framework = self.framework
         if framework.current_device() != self.device:
             with framework.use_device(self.device):
-                return self(q, k, v, out, with_lse)
+                return self(q, k, v, out, with_lse, extras, seed)
         out, lse = self.allocate(q, k, v, out, with_lse)
         pointer = framework.pointer
         q_ptr, k_ptr, v_ptr, out_ptr = pointer(q), pointer(k), pointer(v), pointer(out)
@@ -618,11 +749,22 @@ class _DeviceBackward(_Device):
             self.workspace_bytes = self.launch.workspace_bytes
             self.offsets = tuple(self.call.offsets())
 
-    def __call__(self, d_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, d_lse: Any) -> tuple[Any, Any, Any]:
+    def __call__(
+        self,
+        d_out: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        out: Any,
+        lse: Any,
+        d_lse: Any,
+        extras: Extras,
+        seed: int | None,
+    ) -> Gradients:
         framework = self.framework
         if framework.current_device() != self.device:
             with framework.use_device(self.device):
-                return self(d_out, q, k, v, out, lse, d_lse)
+                return self(d_out, q, k, v, out, lse, d_lse, extras, seed)
         gradients = self.allocate_gradients(q)
         lse = framework.contiguous(lse)
         d_lse = None if d_lse is None else framework.contiguous(d_lse)
@@ -636,7 +778,7 @@ class _DeviceBackward(_Device):
             d_lse_ptr = 0 if d_lse is None else pointer(d_lse) + lse_offset
             parts: list[int] = [*shifted[:5], lse_ptr, d_lse_ptr, *shifted[5:], pointer(workspace), stream]
             self.launch(*parts)
-        return self.sum_gradients(gradients, (q, k, v))
+        return self.finish(gradients, (q, k, v), NO_EXTRAS, extras)
 
 
 # --- frameworks -------------------------------------------------------------------------------------------------
@@ -650,7 +792,16 @@ def _framework(q: Any, k: Any, v: Any) -> Framework | None:
     return framework
 
 
-def _attention_dlpack(q: Any, k: Any, v: Any, out: Any, with_lse: bool, options: tuple[Any, ...]) -> tuple[Any, Any]:
+def _attention_dlpack(
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    with_lse: bool,
+    options: tuple[Any, ...],
+    extras: Extras,
+    seed: int | None,
+) -> tuple[Any, Any]:
     named = {"q": q, "k": k, "v": v}
     if out is not None:
         arrays.check_mutable(out)
@@ -658,18 +809,28 @@ def _attention_dlpack(q: Any, k: Any, v: Any, out: Any, with_lse: bool, options:
     native = {name: arrays.import_dlpack(array, name) for name, array in named.items()}
     framework = arrays.framework_of(**native)
     assert framework is not None
-    result, lse = forward(framework, native["q"], native["k"], native["v"], native.get("out"), with_lse, options)
+    extras = extras.map(arrays.import_dlpack, Extras._fields)
+    result, lse = forward(
+        framework, native["q"], native["k"], native["v"], native.get("out"), with_lse, options, extras, seed
+    )
     return (
         arrays.export_dlpack(result, q) if out is None else out,
         arrays.export_dlpack(lse, q) if with_lse else None,
     )
 
 
-def _attention_backward_dlpack(operands: tuple[Any, ...], options: tuple[Any, ...]) -> Gradients:
+def _attention_backward_dlpack(
+    operands: tuple[Any, ...],
+    options: tuple[Any, ...],
+    extras: Extras,
+    wanted: tuple[bool, bool, bool],
+    seed: int | None,
+) -> Gradients:
     names = ("d_out", "q", "k", "v", "out", "lse", "d_lse")
     native = [None if a is None else arrays.import_dlpack(a, name) for a, name in zip(operands, names, strict=True)]
     framework = arrays.framework_of(**{name: a for name, a in zip(names, native, strict=True) if a is not None})
     assert framework is not None
     d_out, q, k, v, out, lse, d_lse = native
-    gradients = backward(framework, d_out, q, k, v, out, lse, d_lse, options)
-    return Gradients(*(arrays.export_dlpack(gradient, operands[1]) for gradient in gradients))
+    extras = extras.map(arrays.import_dlpack, Extras._fields)
+    gradients = backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed)
+    return Gradients(*(None if x is None else arrays.export_dlpack(x, operands[1]) for x in gradients))

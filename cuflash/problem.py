@@ -11,6 +11,23 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
+class Features:
+    """What a call does to its scores beside scaling them and hiding what lies outside the band; see ``scores.Score``.
+
+    Arrays are named by their dtype; None stands for what the call does not have.
+    """
+
+    softcap: float | None = None
+    mask: bool = False
+    bias: str | None = None
+    alibi_slopes: str | None = None
+    #: Where query 0 stands among the keys; 0 where no feature asks for it.
+    q_offset: int = 0
+    sinks: str | None = None
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One call, hashable: the planner's whole input and the key of the plan cache.
 
@@ -28,6 +45,7 @@ class Problem:
     head_dim_v: int
     scale: float
     band: Band = Band()
+    features: Features = Features()
     #: "ieee": float32 products with the error of a float32 product; "tf32": tensor-core inputs.
     precision: str = "ieee"
     deterministic: bool = False

@@ -56,7 +56,8 @@ def attention_backward(
 def naive(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> tuple[Any, Any]:
     """``attention`` with scores, probabilities, out and LSE rounded to the dtype of ``q`` as they are computed."""
     work, rounding = _as_program_in(q.dtype)
-    result = _forward(*(x.astype(work) for x in (q, k, v)), band, scale, _in(work, score), rounding)
+    q_work, k_work, v_work = (x.astype(work) for x in (q, k, v))
+    result = _forward(q_work, k_work, v_work, band, scale, _in(work, score), rounding)
     return result.out.astype(q.dtype), result.lse.astype(q.dtype)
 
 

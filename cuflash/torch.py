@@ -15,7 +15,8 @@ import numpy
 import torch
 from torch.autograd import forward_ad
 
-from . import arguments, functional
+from . import functional
+from .arguments import NO_EXTRAS, Extras, Options
 from .arrays import ALIGNMENT, CPU, ArrayView, Framework, import_cupy, numpy_dtype
 
 _DTYPES = {
@@ -123,66 +124,85 @@ class TorchArrays(Framework):
         # torch.func's transforms, and dual numbers, whose tangents would be lost.
         return _transforms_active() or forward_ad._current_level >= 0
 
-    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
-        return _Attention.apply(q, k, v, options)
+    def seed(self, array: torch.Tensor) -> int:
+        return int(torch.randint(1 << 62, ()))
 
-    def attention_backward(self, *operands_and_options: Any) -> tuple[Any, Any, Any]:
-        return _AttentionBackward.apply(*operands_and_options)
+    def attention(
+        self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Extras, seed: int | None
+    ) -> tuple[Any, Any]:
+        return _Attention.apply(q, k, v, *extras, seed, options)
+
+    def attention_backward(self, *arguments: Any) -> tuple[Any, ...]:
+        *operands, options, extras, wanted, seed = arguments
+        return _AttentionBackward.apply(*operands, *extras, wanted, seed, options)
 
 
 #: The one object that serves tensors.
 ARRAYS = TorchArrays()
 
 
+def _extras(arrays: tuple[Any, ...]) -> Extras:
+    return NO_EXTRAS if all(array is None for array in arrays) else Extras(*arrays)
+
+
 class _Attention(torch.autograd.Function):
-    """(q, k, v, options) -> (out, lse), both differentiable."""
+    """(q, k, v, mask, bias, alibi_slopes, sinks, seed, options) -> (out, lse), both differentiable."""
 
     @staticmethod
-    def forward(q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> tuple[Any, Any]:
-        return functional.forward(ARRAYS, q, k, v, None, True, options)
+    def forward(q: Any, k: Any, v: Any, *arguments: Any) -> tuple[Any, Any]:
+        *extras, seed, options = arguments
+        return functional.forward(ARRAYS, q, k, v, None, True, options, _extras(tuple(extras)), seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-        q, k, v, ctx.options = inputs
-        ctx.save_for_backward(q, k, v, *output)
+        q, k, v, *extras, ctx.seed, ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output, *extras)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, d_out: Any, d_lse: Any) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
-            return None, None, None, None
-        q, k, v, out, lse = ctx.saved_tensors
+            return (None,) * 9
+        q, k, v, out, lse, *extras = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else _with_contiguous_rows(d_out)
         operands = (d_out, q, k, v, out, lse, d_lse)
-        gradients = (
-            _AttentionBackward.apply(*operands, ctx.options)
-            if ARRAYS.records(*operands)
-            else functional.backward(ARRAYS, *operands, ctx.options)
-        )
-        return (*gradients, None)
+        wanted = tuple(ctx.needs_input_grad[4:7])
+        if ARRAYS.records(*operands, *extras):
+            gradients = _AttentionBackward.apply(*operands, *extras, wanted, ctx.seed, ctx.options)
+        else:
+            gradients = functional.backward(ARRAYS, *operands, ctx.options, _extras(tuple(extras)), wanted, ctx.seed)
+        d_q, d_k, d_v, d_bias, d_sinks, d_alibi_slopes = gradients
+        return d_q, d_k, d_v, None, d_bias, d_alibi_slopes, d_sinks, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], q: Any, k: Any, v: Any, options: tuple[Any, ...]) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], q: Any, k: Any, v: Any, *arguments: Any) -> Any:
+        *extras, seed, options = arguments
         num_axes = [_num_axes(x, in_dim) for x, in_dim in zip((q, k, v), in_dims, strict=False)]
-        least = 3 if arguments.Options(*options).layout == "bshd" else 2
+        least = 3 if Options(*options).layout == "bshd" else 2
         if min(num_axes) < least:
             raise ValueError(f"q, k, v: got {num_axes} axes inside vmap, wanted at least {least} each")
         batched = [
             _with_batch_axis(x, in_dim, info.batch_size, max(3, *num_axes))
             for x, in_dim in zip((q, k, v), in_dims, strict=False)
         ]
-        out, lse = _Attention.apply(*batched, options)
+        more = _batched_extras(extras, in_dims[3:7], info.batch_size, max(3, *num_axes))
+        out, lse = _Attention.apply(*batched, *more, seed, options)
         if max(num_axes) == 2:  # matrices only, which were given an axis of heads
             out, lse = out.squeeze(1), lse.squeeze(1)
         return (out, lse), (0, 0)
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """(d_out, q, k, v, out, lse, d_lse, options) -> (d_q, d_k, d_v), not differentiable."""
+    """(d_out, q, k, v, out, lse, d_lse, mask, bias, alibi_slopes, sinks, wanted, seed, options) -> gradients.
+
+    They are those of ``functional.Gradients``, and not differentiable.
+    """
 
     @staticmethod
-    def forward(*operands_and_options: Any) -> tuple[Any, Any, Any]:
-        return functional.backward(ARRAYS, *operands_and_options)
+    def forward(*arguments: Any) -> tuple[Any, ...]:
+        operands, extras, (wanted, seed, options) = arguments[:7], arguments[7:11], arguments[11:]
+        d_out, q, k, v, out, lse, d_lse = operands
+        return functional.backward(ARRAYS, d_out, q, k, v, out, lse, d_lse, options, _extras(extras), wanted, seed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -196,8 +216,8 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *operands_and_options: Any) -> Any:
-        *operands, options = operands_and_options
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        operands, extras, (wanted, seed, options) = arguments[:7], arguments[7:11], arguments[11:]
         num_axes = [None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(operands, in_dims, strict=False)]
         most = max(3, *(num for num in num_axes[:5] if num is not None))
         batched = [
@@ -205,13 +225,28 @@ class _AttentionBackward(torch.autograd.Function):
             for index, (x, in_dim) in enumerate(zip(operands, in_dims, strict=False))
         ]
         batched[0] = _with_contiguous_rows(batched[0])
-        gradients = _AttentionBackward.apply(*batched, options)
+        own_axes = [None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(extras, in_dims[7:], strict=False)]
+        extras = _batched_extras(extras, in_dims[7:11], info.batch_size, most)
+        gradients = _AttentionBackward.apply(*batched, *extras, wanted, seed, options)
         # An axis that was put between batch and operand has one element and goes again.
+        of_extras = own_axes[1], own_axes[3], own_axes[2]
         results = tuple(
-            gradient.reshape(info.batch_size, *gradient.shape[gradient.ndim - num :])
-            for gradient, num in zip(gradients, num_axes[1:4], strict=True)
+            None if gradient is None else gradient.reshape(info.batch_size, *gradient.shape[gradient.ndim - num :])
+            for gradient, num in zip(gradients, (*num_axes[1:4], *of_extras), strict=True)
         )
-        return results, (0, 0, 0)
+        return results, tuple(None if result is None else 0 for result in results)
+
+
+def _batched_extras(extras: Any, in_dims: Any, batch_size: int, num_axes: int) -> Extras:
+    """The extras with the mapped axis in front, as one more batch axis of operands that have so many axes."""
+    if extras[3] is not None and in_dims[3] is not None:
+        raise ValueError("sinks: got an axis that vmap maps over, wanted the same sinks for all")
+    axes = num_axes, num_axes, num_axes - 2
+    mask, bias, alibi_slopes = (
+        None if x is None else _with_batch_axis(x, in_dim, batch_size, num)
+        for x, in_dim, num in zip(extras[:3], in_dims[:3], axes, strict=True)
+    )
+    return Extras(mask, bias, alibi_slopes, extras[3])
 
 
 def _with_contiguous_rows(gradient: torch.Tensor) -> torch.Tensor:
