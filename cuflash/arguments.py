@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import product
 from numbers import Real
@@ -19,7 +19,7 @@ import numpy
 
 from .arrays import ALIGNMENT, CPU, ArrayView
 from .problem import ITEMSIZE, Features, Problem
-from .scores import Band, make_band
+from .scores import NO_EXTRAS, Band, Extras, make_band
 from .tensor_map import STRIDE_LIMIT
 
 #: What to convert other dtypes to; anything not listed goes to float32.
@@ -48,24 +48,6 @@ class Options(NamedTuple):
     deterministic: Any = False
     softcap: Any = None
     dropout_p: Any = 0.0
-
-
-class Extras(NamedTuple):
-    """The arrays beside q, k and v, or what is known of each; None for what the call does not have."""
-
-    mask: Any = None
-    bias: Any = None
-    alibi_slopes: Any = None
-    sinks: Any = None
-
-    def map(self, function: Callable[..., Any], *others: Iterable[Any]) -> Extras:
-        """What the function makes of each that is there, and of what the others have in its place."""
-        values = zip(self, *others, strict=True)
-        return Extras(*(None if value[0] is None else function(*value) for value in values))
-
-
-#: A call with none of them.
-NO_EXTRAS = Extras()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from .problem import ITEMSIZE
+from .problem import ITEMSIZE, Features
 
 #: (head_dim, head_dim_v) that have kernels; others are padded inside the kernel to the next pair.
 HEAD_DIM_PAIRS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -111,13 +111,47 @@ class Config:
             value = getattr(self, field.name)
             if field.name in self.host_fields:
                 continue
-            if field.name in _ENUMS:
+            if isinstance(value, ScoreConfig):
+                text = value.cpp
+            elif field.name in _ENUMS:
                 enum, names = _ENUMS[field.name]
                 text = f"{enum}::{names[value]}"
             else:
                 text = str(value).lower() if isinstance(value, bool) else str(value)
             parts.append(f".{field.name} = {text}")
         return f"{type(self).__name__}{{{', '.join(parts)}}}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreConfig:
+    """What is done to scores and weights beside scaling: ``attention/score.cuh``."""
+
+    softcap: bool = False
+    mask: bool = False
+    bias: str | None = None
+    alibi: bool = False
+    sinks: bool = False
+    dropout: bool = False
+
+    @classmethod
+    def of(cls, features: Features) -> ScoreConfig:
+        """What a call with these features has."""
+        f = features
+        return cls(
+            f.softcap is not None, f.mask, f.bias, f.alibi_slopes is not None, f.sinks is not None, f.dropout_p > 0
+        )
+
+    @property
+    def name(self) -> str:
+        """Part of a kernel's name; empty where nothing is done."""
+        names = [name for name in ("softcap", "mask", "alibi", "sinks", "dropout") if getattr(self, name)]
+        return "".join(f"_{name}" for name in ([f"bias_{self.bias}"] if self.bias else []) + names)
+
+    @property
+    def cpp(self) -> str:
+        flags = {field.name: str(getattr(self, field.name)).lower() for field in fields(self)}
+        flags["bias"] = f"Bias::{_DTYPE_CPP[self.bias] if self.bias else 'kNone'}"
+        return f"{{{', '.join(f'.{name} = {value}' for name, value in flags.items())}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +186,7 @@ class ForwardMmaConfig(TileConfig):
     overlap: bool = False
     min_blocks: int = 1
     tuned: bool = True
+    score: ScoreConfig = ScoreConfig()
 
     header: ClassVar[str] = "forward_mma.cuh"
     function: ClassVar[str] = "forward_mma"
@@ -166,7 +201,7 @@ class ForwardMmaConfig(TileConfig):
 
     @property
     def name(self) -> str:
-        return f"{self.tile_name}_w{self.num_warps}{'_overlap' if self.overlap else ''}_{self.copy}"
+        return f"{self.tile_name}_w{self.num_warps}{'_overlap' if self.overlap else ''}_{self.copy}{self.score.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +457,7 @@ class ForwardSimtConfig(Config):
     columns: int
     num_warps: int
     min_blocks: int = 1
+    score: ScoreConfig = ScoreConfig()
 
     header: ClassVar[str] = "forward_simt.cuh"
     function: ClassVar[str] = "forward_simt"
@@ -434,7 +470,8 @@ class ForwardSimtConfig(Config):
 
     @property
     def name(self) -> str:
-        return f"attention_forward_simt_{self.dtype}_m{self.block_m}_n{self.block_n}_c{self.columns}_w{self.num_warps}"
+        tile = f"m{self.block_m}_n{self.block_n}_c{self.columns}_w{self.num_warps}"
+        return f"attention_forward_simt_{self.dtype}_{tile}{self.score.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ import numpy
 from numpy.lib.stride_tricks import as_strided
 
 from . import arguments, arrays, cpu
-from .arguments import NO_EXTRAS, Call, Extras, Options
+from .arguments import Call, Options
 from .arrays import CPU, Framework
-from .scores import Score
+from .scores import NO_EXTRAS, Extras, Score
 
 #: Prepared calls kept per framework; all are dropped when there are more.
 MAX_PREPARED = 4096

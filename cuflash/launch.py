@@ -19,8 +19,8 @@ import numpy as np
 from . import compile as compiler
 from . import configs, environment, params
 from .plan import DeviceInfo, Plan, plan_backward, plan_forward
-from .problem import ITEMSIZE, Problem
-from .scores import Band
+from .problem import ITEMSIZE, Features, Problem
+from .scores import NO_EXTRAS, Band, Extras
 from .tensor_map import TensorMap, TensorMaps
 
 
@@ -38,11 +38,10 @@ class _Call:
         """Descriptors, if there are any, are those of the first pointers, and follow one another in the block."""
         from cupy_backends.cuda.api import driver, runtime
 
-        assert block.dtype.fields is not None
         self._block = block
         self._maps = maps
-        self._offsets = [block.dtype.fields[name][1] for name in pointers]
-        self._maps_at = 0 if maps is None else block.dtype.fields[f"{pointers[0]}_map"][1]
+        self._fields = [_field(block.dtype, name) for name in pointers]
+        self._maps_at = 0 if maps is None else _field(block.dtype, f"{pointers[0]}_map")[0]
         self._driver_launch = driver.launchKernel
         self._launches = []
         for plan in plans:
@@ -61,7 +60,7 @@ class _Call:
         block = self._block.copy()
         arguments = np.array([block.ctypes.data], dtype=np.uintp)
         bytes_of_block = memoryview(block.view(np.uint8))  # type: ignore[arg-type]
-        writers = [(functools.partial(_POINTER.pack_into, bytes_of_block, offset)) for offset in self._offsets]
+        writers = [functools.partial(form.pack_into, bytes_of_block, offset) for offset, form in self._fields]
         state = self._local.state = (writers, arguments.ctypes.data, bytes_of_block, arguments, block)
         return state
 
@@ -76,7 +75,17 @@ class _Call:
             self._driver_launch(*launch, stream, state[1], 0)
 
 
-_POINTER = struct.Struct("=Q")
+_POINTER, _NUMBER = struct.Struct("=Q"), struct.Struct("=i")
+
+
+def _field(dtype: np.dtype, path: str) -> tuple[int, struct.Struct]:
+    """Offset of a field, or of the pointer that it begins with, and how to write it; ``a.b`` is field b of field a."""
+    offset = 0
+    for name in path.split("."):
+        assert dtype.fields is not None
+        dtype, field_offset = dtype.fields[name][:2]
+        offset += field_offset
+    return offset, _NUMBER if dtype == np.int32 else _POINTER
 
 
 def _announce(problem: Problem, plans: tuple[Plan, ...]) -> None:
@@ -154,11 +163,15 @@ class ForwardCall:
         v: params.Strides,
         out: params.Strides,
         *,
+        extras: Extras = NO_EXTRAS,
+        itemsizes: Extras = NO_EXTRAS,
         device_info: DeviceInfo | None = None,
         plan: Plan | None = None,
     ) -> None:
         # Keys that no query sees are cut off, so that no tile reaches into them.
-        first_key, end_key = problem.band.key_range(0, problem.seqlen_q, problem.seqlen_k)
+        first_key, end_key = 0, problem.seqlen_k
+        if problem.features == Features():  # which may know keys by their numbers
+            first_key, end_key = problem.band.key_range(0, problem.seqlen_q, problem.seqlen_k)
         problem = _with_keys(problem, first_key, end_key)
         itemsize = ITEMSIZE[problem.dtype]
         self._k_offset, self._v_offset = k[2] * first_key * itemsize, v[2] * first_key * itemsize
@@ -181,11 +194,29 @@ class ForwardCall:
                 maps = _forward_maps(problem, config, self.plan.order.pack, q, k, v)
         else:
             block["scale"], block["scale_log2"], block["score_sign"] = problem.scale, scale_log2, sign
-        self._call = _Call((self.plan,), device_id, block, ("q", "k", "v", "out", "lse"), maps)
+            params.fill_score(block, problem, extras, itemsizes)
+        pointers: tuple[str, ...] = ("q", "k", "v", "out", "lse")
+        if not isinstance(config, configs.ForwardWgmmaConfig):
+            pointers += tuple(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch"))
+        self._call = _Call((self.plan,), device_id, block, pointers, maps)
 
-    def __call__(self, q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
-        """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0."""
-        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse)
+    def __call__(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        stream: int,
+        extras: tuple[int, ...] = (0, 0, 0, 0),
+        seed: int = 0,
+        first_batch: int = 0,
+    ) -> None:
+        """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0.
+
+        `extras` are pointers, or 0; `first_batch` is the number of the first batch entry, as dropout counts them.
+        """
+        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *extras, seed, first_batch)
 
 
 class BackwardCall:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from . import rng
 from .problem import Problem
+from .scores import Extras
 
 Strides = tuple[int, int, int]
 
@@ -37,6 +39,19 @@ _BACKWARD = [
     ("scale_log2", "f4"),
     ("scale", "f8"),
 ]
+_PAIRS = np.dtype(
+    [("pointer", "u8"), *((f"{axis}_stride", "i8") for axis in ("batch", "head", "query", "key"))], align=True
+)
+_SCORE = np.dtype(
+    [
+        *((name, _PAIRS) for name in ("mask", "bias", "alibi_slopes", "sinks")),
+        ("seed", "u8"),
+        ("softcap", "f8"),
+        ("kept_scale", "f4"),
+        *((name, "i4") for name in ("dropped", "first_batch", "q_offset")),
+    ],
+    align=True,
+)
 _MAP = np.dtype("V128")
 _TILE_ORDER = np.dtype(
     [(name, "i4") for name in ("num_tiles", "num_blocks", "num_heads", "section", "pack")], align=True
@@ -58,7 +73,9 @@ def _with_maps(fields: list[tuple[str, Any]]) -> np.dtype:
 
 
 PARAMS = {
-    "ForwardParams": np.dtype([*_FORWARD, ("scale", "f8"), ("scale_log2", "f4"), ("score_sign", "f4")], align=True),
+    "ForwardParams": np.dtype(
+        [*_FORWARD, ("scale", "f8"), ("scale_log2", "f4"), ("score_sign", "f4"), ("score", _SCORE)], align=True
+    ),
     "ForwardWgmmaParams": _with_maps(
         [
             *((name, _MAP) for name in ("q_map", "k_map", "v_map")),
@@ -106,6 +123,23 @@ def fill_shape(block: Any, problem: Problem) -> None:
     lower = -OPEN if p.band.lower is None else max(-OPEN, min(OPEN, p.band.lower))
     upper = OPEN if p.band.upper is None else max(-OPEN, min(OPEN, p.band.upper))
     block["shape"] = (p.num_heads, p.group_size, p.seqlen_q, p.seqlen_k, p.head_dim, p.head_dim_v, lower, upper)
+
+
+def fill_score(block: Any, problem: Problem, strides: Extras, itemsizes: Extras) -> None:
+    """Write what is done to scores; pointers, the seed and the first batch entry follow with every call.
+
+    ``strides`` are those of the extras in elements: (batch, head, query, key) or the first of these, sinks (head,).
+    """
+    features = problem.features
+    for name, own, itemsize in zip(Extras._fields, strides, itemsizes, strict=True):
+        if own is not None:
+            axes = (0, *own) if name == "sinks" else own
+            in_bytes = [stride * itemsize for stride in axes]
+            block["score"][name] = (0, *in_bytes, *[0] * (4 - len(in_bytes)))
+    block["score"]["softcap"] = features.softcap or 0.0
+    block["score"]["kept_scale"] = 1 / (1 - features.dropout_p)
+    block["score"]["dropped"] = rng.threshold(features.dropout_p)
+    block["score"]["q_offset"] = features.q_offset
 
 
 def fill_operand(block: Any, name: str, strides: Strides, itemsize: int) -> None:

@@ -9,7 +9,7 @@ tiles are cut into parts depends on how many there are.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -269,19 +269,20 @@ def _tensor_core(problem: Problem, device: DeviceInfo, family: str) -> tuple[str
 def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> Plan:
     """The launch that computes ``out`` and ``lse``; `family` is ``CUFLASH_KERNEL``'s value."""
     p = problem
+    score = configs.ScoreConfig.of(p.features)
     choice = _tensor_core(p, device, family)
     if choice is None:
-        simt = configs.forward_simt_config(p.dtype, p.head_dim_v)
+        simt = replace(configs.forward_simt_config(p.dtype, p.head_dim_v), score=score)
         chunks = ceil_div(p.head_dim_v, simt.columns)
         return Plan(simt, chunks * ceil_div(p.seqlen_q, simt.block_m) * p.num_heads * p.batch)
     mma, head_dim, head_dim_v = choice
     # Unaligned rows are copied element by element; the portable kernels have more threads for that.
-    fits = configs.has_wgmma(mma, device.arch) and p.mappable
+    fits = configs.has_wgmma(mma, device.arch) and p.mappable and score == configs.ScoreConfig()
     if fits and (family == "wgmma" or (family == "auto" and p.vectorized)):
         return _plan_forward_wgmma(mma, head_dim, head_dim_v, p, device)
     if family == "wgmma":
         raise _no_wgmma(p, device, configs.has_wgmma(mma, device.arch))
-    config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized)
+    config = replace(configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized), score=score)
     return Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
 
 

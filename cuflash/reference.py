@@ -181,7 +181,7 @@ def _dropout(score: Score, q: Any, k: Any) -> Any:
         return 1
     xp = _namespace(q)
     batch, heads, seqlen_q, _ = q.shape
-    kept = rng.dropout_mask(score.seed, score.dropout_p, (batch, heads, seqlen_q, k.shape[2]))
+    kept = rng.dropout_mask(score.seed, score.dropout_p, (batch, heads, seqlen_q, k.shape[2]), score.first_batch)
     return xp.asarray(kept).astype(q.dtype) / (1 - score.dropout_p)
 
 

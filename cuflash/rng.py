@@ -69,9 +69,9 @@ def keep(seed: int, dropout_p: float, batch: int, heads: slice, queries: slice, 
     return draws[:, rows, columns] >= threshold(dropout_p)
 
 
-def dropout_mask(seed: int, dropout_p: float, shape: tuple[int, ...]) -> Array:
+def dropout_mask(seed: int, dropout_p: float, shape: tuple[int, ...], first_batch: int = 0) -> Array:
     """Which weights are kept, for all of (..., heads, seqlen_q, seqlen_k); batch axes are counted in C order."""
     *batch, heads, seqlen_q, seqlen_k = shape
     every = slice(0, heads), slice(0, seqlen_q), slice(0, seqlen_k)
-    masks = [keep(seed, dropout_p, index, *every) for index in range(math.prod(batch))]
+    masks = [keep(seed, dropout_p, first_batch + index, *every) for index in range(math.prod(batch))]
     return np.array(masks, dtype=bool).reshape(shape)

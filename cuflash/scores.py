@@ -6,8 +6,27 @@ it in ``kernels_cu/attention/mask.cuh`` and ``block_range.cuh``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+
+class Extras(NamedTuple):
+    """The arrays beside q, k and v, or what is known of each; None for what the call does not have."""
+
+    mask: Any = None
+    bias: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
+
+    def map(self, function: Callable[..., Any], *others: Iterable[Any]) -> Extras:
+        """What the function makes of each that is there, and of what the others have in its place."""
+        values = zip(self, *others, strict=True)
+        return Extras(*(None if value[0] is None else function(*value) for value in values))
+
+
+#: A call with none of them.
+NO_EXTRAS = Extras()
 
 
 class Score(NamedTuple):

@@ -16,8 +16,9 @@ import torch
 from torch.autograd import forward_ad
 
 from . import functional
-from .arguments import NO_EXTRAS, Extras, Options
+from .arguments import Options
 from .arrays import ALIGNMENT, CPU, ArrayView, Framework, import_cupy, numpy_dtype
+from .scores import NO_EXTRAS, Extras
 
 _DTYPES = {
     "float16": torch.float16,

@@ -19,6 +19,8 @@
 #include "attention/config.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/mask.cuh"
+#include "attention/philox.cuh"
+#include "attention/score.cuh"
 #include "attention/softmax.cuh"
 #include "tile/gemm.cuh"
 
@@ -107,6 +109,12 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     set_zero(o);
     OnlineSoftmax<kM> softmax;
     softmax.init();
+    // Scores that are changed come out in units of log2.
+    constexpr bool kChanged = cfg.score.changes();
+    float const scale_log2 = kChanged ? 1.f : params.scale_log2;
+    HeadScores<cfg.score, float> const head_scores(params.score, batch, head);
+    if constexpr (cfg.score.sinks)
+        softmax.init_sink(*reinterpret_cast<float const*>(params.score.sinks.at(0, head)) * kLog2E / scale_log2, lane);
 
     u32 const q_lane = lane_address_a<TileQ>(q_smem + warp_row * TileQ::kSlabBytes, lane);
     u32 const k_lane = lane_address_b<TileK>(k_smem, lane);
@@ -116,7 +124,20 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     auto scores = [&](float (&s)[kM][kN][4], int n, int stage) {
         set_zero(s);
         gemm_nt<kMma, TileQ, TileK, kStepsQK>(s, q_lane, k_lane + stage * TileK::kBytes);
-        if (params.score_sign < 0.f) {
+        if constexpr (kChanged) {
+            float const scale = static_cast<float>(params.scale);
+#pragma unroll
+            for (int m = 0; m < kM; ++m)
+#pragma unroll
+                for (int t = 0; t < kN; ++t)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        int const q_idx = q_begin + warp_row + 16 * m + acc_row(lane, i);
+                        int const k_idx = n * cfg.block_n + 8 * t + acc_col(lane, i);
+                        s[m][t][i] = head_scores(s[m][t][i] * scale, min(q_idx, shape.seqlen_q - 1),
+                                                 min(k_idx, shape.seqlen_k - 1));
+                    }
+        } else if (params.score_sign < 0.f) {
             float flip[kM][2];
 #pragma unroll
             for (int m = 0; m < kM; ++m) flip[m][0] = flip[m][1] = -1.f;
@@ -138,15 +159,32 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
         for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float const shift = softmax.shift_log2(m, h, params.scale_log2);
+                float const shift = softmax.shift_log2(m, h, scale_log2);
 #pragma unroll
                 for (int n = k_step * kTiles; n < (k_step + 1) * kTiles; ++n)
 #pragma unroll
                     for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                        s[m][n][i] = exp2_approx(s[m][n][i] * params.scale_log2 - shift);
+                        s[m][n][i] = exp2_approx(s[m][n][i] * scale_log2 - shift);
                         softmax.row_sum[m][h] += s[m][n][i];
                     }
             }
+    };
+
+    // Dropped weights become 0, of the columns of tiles t and t + 1 of tile n; their sums are taken before.
+    auto drop = [&](float (&s)[kM][kN][4], int n, int t) {
+        if constexpr (cfg.score.dropout) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                DropoutDraws const draws =
+                    dropout_draws(params.score.seed, params.score.first_batch + batch, head,
+                                  (q_begin + warp_row) / 16 + m, (n * cfg.block_n + 8 * t) / 16, lane);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (draws.of(j, i) < static_cast<u32>(params.score.dropped)) s[m][t + j][i] = 0.f;
+            }
+        }
     };
 
     load_tile<TileQ, kThreads, cfg.copy>(q_smem, params.q.at(batch, head, q_begin), params.q.row_stride, 0,
@@ -168,10 +206,11 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
             {
                 float s[kM][kN][4];
                 scores(s, n, n & 1);
-                softmax.update(s, alpha, params.scale_log2);
+                softmax.update(s, alpha, scale_log2);
 #pragma unroll
                 for (int k = 0; k < kStepsPV; ++k) {
                     probabilities(s, k);
+                    drop(s, n, 2 * k);
 #pragma unroll
                     for (int m = 0; m < kM; ++m) acc_to_a(p[k][m], s[m], k);
                 }
@@ -184,11 +223,12 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
                 commit();
                 float s[kM][kN][4];
                 scores(s, n, n & 1);
-                bool const rescale = softmax.update(s, alpha, params.scale_log2);
+                bool const rescale = softmax.update(s, alpha, scale_log2);
 #pragma unroll
                 for (int k = 0; k < kStepsPV; ++k) {
                     gemm_nn_step<kMma, TileV>(o, p[k], v_lane + ((n + 1) & 1) * TileV::kBytes, k);
                     probabilities(s, k);
+                    drop(s, n, 2 * k);
 #pragma unroll
                     for (int m = 0; m < kM; ++m) acc_to_a(p[k][m], s[m], k);
                 }
@@ -219,9 +259,11 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
             commit();
             float s[kM][kN][4];
             scores(s, n, stage);
-            if (softmax.update(s, alpha, params.scale_log2)) scale_rows(o, alpha);
+            if (softmax.update(s, alpha, scale_log2)) scale_rows(o, alpha);
 #pragma unroll
             for (int k = 0; k < kStepsPV; ++k) probabilities(s, k);
+#pragma unroll
+            for (int k = 0; k < kN; k += 2) drop(s, n, k);
             u32 const v_tile = v_lane + stage * TileV::kBytes;
             if constexpr (is_16bit(kMma)) {
 #pragma unroll
@@ -251,11 +293,11 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float const sum = softmax.row_sum[m][h];
-            inverse[m][h] = sum == 0.f ? 0.f : 1.f / sum;
+            inverse[m][h] = sum == 0.f ? 0.f : (cfg.score.dropout ? params.score.kept_scale : 1.f) / sum;
             int const q_idx = q_begin + warp_row + 16 * m + acc_row(lane, 2 * h);
             if (params.lse != nullptr && lane % 4 == 0 && q_idx < q_end) {
                 i64 const index = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q + q_idx;
-                float const lse = (softmax.shift_log2(m, h, params.scale_log2) + log2_approx(sum)) * kLn2;
+                float const lse = (softmax.shift_log2(m, h, scale_log2) + log2_approx(sum)) * kLn2;
                 reinterpret_cast<float*>(params.lse)[index] = sum == 0.f ? -infinity() : lse;
             }
         }

@@ -17,6 +17,8 @@
 #include "attention/block_range.cuh"
 #include "attention/config.cuh"
 #include "attention/mask.cuh"
+#include "attention/philox.cuh"
+#include "attention/score.cuh"
 #include "tile/block_gemm.cuh"
 
 template <ForwardSimtConfig cfg>
@@ -55,6 +57,16 @@ CUFLASH_DEVICE void forward_simt(ForwardParams const& params, u32 smem) {
         row_sum[i] = 0;
     }
     Acc const scale_log2 = static_cast<Acc>(params.scale * Log2<double>::kE);
+    HeadScores<cfg.score, Acc> const head_scores(params.score, batch, head);
+    if constexpr (cfg.score.sinks) {
+        // As if every row had seen a key of this score already, whose value is 0.
+        Acc const sink = *reinterpret_cast<Acc const*>(params.score.sinks.at(0, head)) * Log2<Acc>::kE;
+#pragma unroll
+        for (int i = 0; i < Gemm::kM; ++i) {
+            row_max[i] = sink;
+            row_sum[i] = gemm.col(0) == 0 && sink != -infinity() ? 1 : 0;
+        }
+    }
 
     // ---- mainloop ----
 #pragma unroll 1
@@ -68,8 +80,14 @@ CUFLASH_DEVICE void forward_simt(ForwardParams const& params, u32 smem) {
             Acc tile_max = -infinity();
 #pragma unroll
             for (int j = 0; j < Gemm::kN; ++j) {
-                s[i][j] *= scale_log2;
-                if (masked && !is_visible(shape, q_begin + gemm.row(i), k_begin + gemm.col(j))) s[i][j] = -infinity();
+                int const q_idx = q_begin + gemm.row(i), k_idx = k_begin + gemm.col(j);
+                if constexpr (cfg.score.changes()) {
+                    s[i][j] = head_scores(s[i][j] * static_cast<Acc>(params.scale), min(q_idx, shape.seqlen_q - 1),
+                                          min(k_idx, shape.seqlen_k - 1));
+                } else {
+                    s[i][j] *= scale_log2;
+                }
+                if (masked && !is_visible(shape, q_idx, k_idx)) s[i][j] = -infinity();
                 tile_max = max(tile_max, s[i][j]);
             }
             Acc const next = max(row_max[i], Gemm::max_of_row(tile_max));
@@ -81,7 +99,7 @@ CUFLASH_DEVICE void forward_simt(ForwardParams const& params, u32 smem) {
             for (int j = 0; j < Gemm::kN; ++j) {
                 Acc const p = exp2_acc(s[i][j] - shift);
                 row_sum[i] += p;
-                gemm.p_at(i, j) = p;
+                gemm.p_at(i, j) = is_kept(params.score, cfg.score.dropout, batch, head, q_begin + gemm.row(i), k_begin + gemm.col(j)) ? p : Acc(0);
             }
 #pragma unroll
             for (int g = 0; g < Gemm::kGroups; ++g)
@@ -97,7 +115,7 @@ CUFLASH_DEVICE void forward_simt(ForwardParams const& params, u32 smem) {
     for (int i = 0; i < Gemm::kM; ++i) {
         Acc const sum = Gemm::sum_of_row(row_sum[i]);
         int const q_idx = q_begin + gemm.row(i);
-        inverse[i] = sum == 0 ? Acc(0) : 1 / sum;
+        inverse[i] = sum == 0 ? Acc(0) : (cfg.score.dropout ? static_cast<Acc>(params.score.kept_scale) : Acc(1)) / sum;
         if (params.lse != nullptr && first_column == 0 && gemm.col(0) == 0 && q_idx < q_end) {
             i64 const index = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q + q_idx;
             Acc const lse = (row_max[i] + log2_acc(sum)) * Log2<Acc>::kLn2;

@@ -5,6 +5,25 @@
 #include "../tile/element.cuh"
 #include "../tile/fragment.cuh"
 
+// What is done to scores and weights beside scaling (attention/score.cuh).
+enum class Bias { kNone, kF16, kBF16, kF32, kF64 };
+
+constexpr Dtype bias_dtype(Bias bias) {
+    return bias == Bias::kF16 ? Dtype::kF16 : bias == Bias::kBF16 ? Dtype::kBF16 : bias == Bias::kF64 ? Dtype::kF64 : Dtype::kF32;
+}
+
+struct ScoreConfig {
+    bool softcap;
+    bool mask;
+    Bias bias;
+    bool alibi;
+    bool sinks;
+    bool dropout;
+
+    // Whether scores change before the softmax.
+    constexpr bool changes() const { return softcap || mask || bias != Bias::kNone || alibi; }
+};
+
 struct ForwardMmaConfig {
     Mma mma;
     Copy copy;
@@ -15,6 +34,7 @@ struct ForwardMmaConfig {
     int num_warps;   // each owns block_m / num_warps query rows
     int num_stages;  // key/value tiles in flight
     bool overlap;    // P V of a tile runs beside the softmax of the next one
+    ScoreConfig score;
 
     constexpr int threads() const { return 32 * num_warps; }
 };
@@ -112,6 +132,7 @@ struct ForwardSimtConfig {
     int block_n;  // keys of one step
     int columns;  // elements of an output row that a thread block computes
     int num_warps;
+    ScoreConfig score;
 
     constexpr int threads() const { return 32 * num_warps; }
 };

@@ -28,6 +28,31 @@ struct Shape {
     i32 upper;
 };
 
+// Numbers of (batch, head, query, key) pairs, or of the first of these; strides in bytes, 0 where they are broadcast.
+struct Pairs {
+    char* pointer;
+    i64 batch_stride;
+    i64 head_stride;
+    i64 query_stride;
+    i64 key_stride;
+
+    CUFLASH_DEVICE char* at(int batch, int head) const { return pointer + batch * batch_stride + head * head_stride; }
+    CUFLASH_DEVICE char const* of_pair(char const* origin, int q_idx, int k_idx) const {
+        return origin + q_idx * query_stride + k_idx * key_stride;
+    }
+};
+
+// What attention/score.cuh and dropout read. Slopes and sinks are of the accumulator's type.
+struct ScoreParams {
+    Pairs mask, bias, alibi_slopes, sinks;
+    u64 seed;
+    double softcap;
+    float kept_scale;  // 1 / (1 - dropout_p)
+    i32 dropped;       // how many of the draws of 16 bits drop a weight
+    i32 first_batch;   // number of the first batch entry, as the generator counts
+    i32 q_offset;      // where query 0 stands among the keys
+};
+
 struct ForwardParams {
     Operand q, k, v, out;
     char* lse;  // (batch, num_heads, seqlen_q), natural log, or null
@@ -35,6 +60,7 @@ struct ForwardParams {
     double scale;        // of q.k
     float scale_log2;    // |scale| * log2(e), never 0: see softmax.cuh
     float score_sign;    // sign of scale
+    ScoreParams score;
 };
 
 // How tiles are numbered, and which rows they have.

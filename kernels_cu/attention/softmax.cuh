@@ -27,6 +27,17 @@ struct OnlineSoftmax {
             }
     }
 
+    // As if every row had seen a key of this score already, whose value is 0.
+    CUFLASH_DEVICE void init_sink(float score, int lane) {
+#pragma unroll
+        for (int m = 0; m < kM; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                shift[m][h] = score;
+                row_sum[m][h] = lane % 4 == 0 && score != -infinity() ? 1.f : 0.f;
+            }
+    }
+
     // Looks at a new tile of scores; returns whether `o` must be rescaled, and by what.
     template <int kN>
     CUFLASH_DEVICE bool update(float const (&s)[kM][kN][4], float (&alpha)[kM][2], float scale_log2) {

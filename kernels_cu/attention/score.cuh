@@ -1,0 +1,49 @@
+// What becomes of a score between q.k and the softmax, pair by pair (cuflash/scores.py: Score).
+//
+// Maths   s -> softcap tanh(s / softcap);  + bias;  - slope |i + q_offset - j|;  -inf where the mask hides the pair.
+//         Scores come in natural units and leave in units of log2, as the exponentials want them.
+#pragma once
+#include "../ptx/math.cuh"
+#include "../tile/element.cuh"
+#include "config.cuh"
+#include "params.cuh"
+
+CUFLASH_DEVICE double tanh_acc(double x) { return tanh(x); }
+CUFLASH_DEVICE float tanh_acc(float x) { return tanhf(x); }
+
+// The scores of one query head.
+template <ScoreConfig cfg, class Acc>
+struct HeadScores {
+    ScoreParams const& params;
+    char const* bias;
+    char const* mask;
+    Acc slope;
+
+    CUFLASH_DEVICE HeadScores(ScoreParams const& params, int batch, int head)
+        : params(params),
+          bias(params.bias.at(batch, head)),
+          mask(params.mask.at(batch, head)),
+          slope(cfg.alibi ? *reinterpret_cast<Acc const*>(params.alibi_slopes.at(batch, head)) : Acc(0)) {}
+
+    // Of a pair that exists.
+    CUFLASH_DEVICE Acc operator()(Acc s, int q_idx, int k_idx) const {
+        if constexpr (cfg.softcap) {
+            Acc const softcap = static_cast<Acc>(params.softcap);
+            s = softcap * tanh_acc(s / softcap);
+        }
+        if constexpr (cfg.bias != Bias::kNone) {
+            using E = Element<bias_dtype(cfg.bias)>;
+            s += static_cast<Acc>(
+                E::widen(__ldg(reinterpret_cast<typename E::Stored const*>(params.bias.of_pair(bias, q_idx, k_idx)))));
+        }
+        if constexpr (cfg.alibi) {
+            int const distance = q_idx + params.q_offset - k_idx;
+            s -= slope * static_cast<Acc>(distance < 0 ? -distance : distance);
+        }
+        s *= Log2<Acc>::kE;
+        if constexpr (cfg.mask) {
+            if (!__ldg(reinterpret_cast<unsigned char const*>(params.mask.of_pair(mask, q_idx, k_idx)))) s = -infinity();
+        }
+        return s;
+    }
+};
