@@ -254,6 +254,7 @@ class BackwardMmaConfig(TileConfig):
     min_blocks: int = 1
     deterministic: bool = False
     tuned: bool = True
+    score: ScoreConfig = ScoreConfig()
 
     header: ClassVar[str] = "backward_mma.cuh"
     function: ClassVar[str] = "backward_mma"
@@ -277,15 +278,21 @@ class BackwardMmaConfig(TileConfig):
     def smem_bytes(self) -> int:
         row = self.head_dim + self.head_dim_v
         stage = self.block_m * row + self.block_n * self.block_m  # Q, dO and dS
-        elems = self.block_n * row + self.block_n * self.block_m + self.num_stages * stage
+        handed_over = 2 if self.score.softcap else 1  # P, and the derivative of the scores
+        elems = self.block_n * row + handed_over * self.block_n * self.block_m + self.num_stages * stage
         return elems * self.elem_bytes + self.num_stages * 2 * self.block_m * 4
 
     @property
     def name(self) -> str:
         return (
             f"{self.tile_name}_w{self.num_warps}_s{self.num_stages}_q{self.dq_warps_m}_r{self.reduce_width}_{self.copy}"
-            f"{'_deterministic' if self.deterministic else ''}"
+            f"{'_deterministic' if self.deterministic else ''}{self.score.name}"
         )
+
+    @property
+    def slope_sums(self) -> int:
+        """How many sums a tile of keys leaves of the gradient of ALiBi's slope of a head."""
+        return self.num_warps // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,6 +492,7 @@ class BackwardSimtConfig(Config):
     columns: int
     num_warps: int
     min_blocks: int = 1
+    score: ScoreConfig = ScoreConfig()
 
     header: ClassVar[str] = "backward_simt.cuh"
     function: ClassVar[str] = "backward_simt"
@@ -501,7 +509,7 @@ class BackwardSimtConfig(Config):
     @property
     def name(self) -> str:
         tile = "" if self.step == "delta" else f"_m{self.block_m}_n{self.block_n}_c{self.columns}"
-        return f"attention_backward_simt_{self.step}_{self.dtype}{tile}_w{self.num_warps}"
+        return f"attention_backward_simt_{self.step}_{self.dtype}{tile}_w{self.num_warps}{self.score.name}"
 
 
 def feasible(config: Config, arch: int) -> bool:

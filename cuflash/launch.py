@@ -235,6 +235,9 @@ class BackwardCall:
         d_k: params.Strides,
         d_v: params.Strides,
         *,
+        extras: Extras = NO_EXTRAS,
+        itemsizes: Extras = NO_EXTRAS,
+        d_bias: tuple[int, ...] | None = None,
         device_info: DeviceInfo | None = None,
         plans: tuple[Plan, ...] | None = None,
     ) -> None:
@@ -244,7 +247,7 @@ class BackwardCall:
         assert layout is not None
         #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).
         self.workspace_bytes = layout.total
-        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
+        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts", "slope_sums")
         self._offsets = [getattr(layout, name) for name in scratch]
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
@@ -255,12 +258,17 @@ class BackwardCall:
         params.fill_shape(block, problem)
         block["rows"], block["num_counters"] = layout.rows, layout.num_counters
         block["scale"], block["scale_log2"] = problem.scale, problem.scale * params.LOG2_E
+        params.fill_score(block, problem, extras, itemsizes)
+        if d_bias is not None:
+            size = ITEMSIZE[problem.lse_dtype]
+            block["d_bias"] = (0, *(stride * size for stride in d_bias))
         maps = None
         if isinstance(main, configs.BackwardWgmmaConfig):
             block["order"] = dataclasses.astuple(self.plans[1].order)  # type: ignore[arg-type]
             block["tail"] = dataclasses.astuple(self.plans[1].tail)  # type: ignore[arg-type]
             maps = _backward_maps(problem, main, d_out, q, k, v)
-        self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *scratch), maps)
+        of_score = (*(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch")), "d_bias")
+        self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *scratch, *of_score), maps)
 
     def __call__(
         self,
@@ -276,7 +284,15 @@ class BackwardCall:
         d_v: int,
         workspace: int,
         stream: int,
+        extras: tuple[int, ...] = (0, 0, 0, 0),
+        seed: int = 0,
+        first_batch: int = 0,
+        d_bias: int = 0,
     ) -> None:
-        """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0."""
+        """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0.
+
+        `extras`, `seed` and `first_batch` are as in :class:`ForwardCall`; the gradient by the bias is added to
+        `d_bias`, unless that is 0.
+        """
         scratch = [workspace + offset for offset in self._offsets]
-        self._call(stream, d_out, q, k, v, out, d_q, d_k, d_v, lse, d_lse, *scratch)
+        self._call(stream, d_out, q, k, v, out, d_q, d_k, d_v, lse, d_lse, *scratch, *extras, seed, first_batch, d_bias)

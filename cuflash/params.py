@@ -29,6 +29,19 @@ _SHAPE = np.dtype(
     ],
     align=True,
 )  # fmt: skip
+_PAIRS = np.dtype(
+    [("pointer", "u8"), *((f"{axis}_stride", "i8") for axis in ("batch", "head", "query", "key"))], align=True
+)
+_SCORE = np.dtype(
+    [
+        *((name, _PAIRS) for name in ("mask", "bias", "alibi_slopes", "sinks")),
+        ("seed", "u8"),
+        ("softcap", "f8"),
+        ("kept_scale", "f8"),
+        *((name, "i4") for name in ("dropped", "first_batch", "q_offset")),
+    ],
+    align=True,
+)
 _FORWARD = [*((name, _OPERAND) for name in ("q", "k", "v", "out")), ("lse", "u8"), ("shape", _SHAPE)]
 _BACKWARD = [
     *((name, _OPERAND) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
@@ -38,20 +51,10 @@ _BACKWARD = [
     ("num_counters", "i4"),
     ("scale_log2", "f4"),
     ("scale", "f8"),
+    ("score", _SCORE),
+    ("d_bias", _PAIRS),
+    ("slope_sums", "u8"),
 ]
-_PAIRS = np.dtype(
-    [("pointer", "u8"), *((f"{axis}_stride", "i8") for axis in ("batch", "head", "query", "key"))], align=True
-)
-_SCORE = np.dtype(
-    [
-        *((name, _PAIRS) for name in ("mask", "bias", "alibi_slopes", "sinks")),
-        ("seed", "u8"),
-        ("softcap", "f8"),
-        ("kept_scale", "f4"),
-        *((name, "i4") for name in ("dropped", "first_batch", "q_offset")),
-    ],
-    align=True,
-)
 _MAP = np.dtype("V128")
 _TILE_ORDER = np.dtype(
     [(name, "i4") for name in ("num_tiles", "num_blocks", "num_heads", "section", "pack")], align=True

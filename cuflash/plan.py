@@ -65,6 +65,9 @@ class Workspace:
     total: int
     delta: int = 0
     num_counters: int = 0
+    slope_sums: int = 0
+    #: Elements there, of the accumulator: (batch, num_heads, so many).
+    num_slope_sums: int = 0
 
     @classmethod
     def of(
@@ -76,6 +79,7 @@ class Workspace:
         semaphores: int,
         num_counters: int = 0,
         part_floats: int = 0,
+        num_slope_sums: int = 0,
     ) -> Workspace:
         """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and the tail."""
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
@@ -83,11 +87,15 @@ class Workspace:
         tiles = heads * rows // block_m
         sizes = [heads * rows * itemsize] * 2
         sizes += [n * 4 for n in (heads * rows * dq_columns, tiles * semaphores, num_counters, part_floats)]
+        sizes.append(heads * num_slope_sums * itemsize)
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
-        lse_log2, dq_accum, semaphore, counters, parts, total = ends[1:]
-        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters)
+        lse_log2, dq_accum, semaphore, counters, parts, slope_sums, total = ends[1:]
+        return cls(
+            rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters,
+            slope_sums=slope_sums, num_slope_sums=num_slope_sums,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,21 +344,25 @@ def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") ->
         return _plan_backward_simt(problem)
     mma, head_dim, head_dim_v = choice
     p = problem
+    score = configs.ScoreConfig.of(p.features)
     has_wgmma = configs.has_wgmma(mma, device.arch)
-    if has_wgmma and p.mappable and p.vectorized and family != "mma":
+    if has_wgmma and p.mappable and p.vectorized and family != "mma" and score == configs.ScoreConfig():
         rows = configs.backward_wgmma_configs(mma, head_dim, head_dim_v, p.deterministic)
         is_short = ceil_div(p.seqlen_q, rows[0].block_m) * p.group_size <= _FEW_STEPS
         return plans_around(rows[-1 if is_short else 0], p, device)
     if family == "wgmma":
         raise _no_wgmma(p, device, has_wgmma)
     main = configs.backward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, p.deterministic)
-    return plans_around(main, p, device)
+    return plans_around(replace(main, score=score), p, device)
 
 
 def _plan_backward_simt(problem: Problem) -> tuple[Plan, ...]:
     p = problem
     delta, dkdv, dq = configs.backward_simt_configs(p.dtype, p.head_dim, p.head_dim_v)
-    workspace = Workspace.of(p, 1, 8 if p.dtype == "float64" else 4, 0, 0)
+    score = configs.ScoreConfig.of(p.features)
+    dkdv, dq = replace(dkdv, score=score), replace(dq, score=score)
+    num_slope_sums = ceil_div(p.seqlen_k, dkdv.block_n) * dkdv.num_warps if score.alibi else 0
+    workspace = Workspace.of(p, 1, 8 if p.dtype == "float64" else 4, 0, 0, num_slope_sums=num_slope_sums)
     dkdv_chunks = ceil_div(max(p.head_dim, p.head_dim_v), dkdv.columns)
     dq_chunks = ceil_div(p.head_dim, dq.columns)
     return (
@@ -379,7 +391,9 @@ def plans_around(
         if tiles_in_parts:
             middle.append(Plan(gather, tiles_in_parts * gather.main_warps, workspace))
     else:
-        workspace = Workspace.of(p, *sizes)
+        n_blocks = ceil_div(p.seqlen_k, main.block_n)
+        num_slope_sums = n_blocks * main.slope_sums if main.score.alibi else 0
+        workspace = Workspace.of(p, *sizes, num_slope_sums=num_slope_sums)
         middle = [Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)]
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
     return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace)

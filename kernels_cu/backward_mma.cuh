@@ -30,6 +30,8 @@
 #include "attention/dq_accum.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/mask.cuh"
+#include "attention/philox.cuh"
+#include "attention/score.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/reduction.cuh"
@@ -43,7 +45,8 @@ struct BackwardMmaTiles {
     using Q = SmemTile<cfg.block_m, cfg.head_dim, kElemBytes>;
     using dO = SmemTile<cfg.block_m, cfg.head_dim_v, kElemBytes>;
     using dS = SmemTile<cfg.block_n, cfg.block_m, kElemBytes>;  // transposed: [key][query]
-    static constexpr int kPBytes = cfg.block_n * cfg.block_m * kElemBytes;
+    // P, and behind it the derivative of what was done to the scores, where there is one.
+    static constexpr int kPBytes = cfg.block_n * cfg.block_m * kElemBytes * (cfg.score.softcap ? 2 : 1);
     static constexpr int kStatBytes = 2 * cfg.block_m * 4;  // lse_log2, then delta
     static constexpr int kBytes = K::kBytes + V::kBytes + kPBytes +
                                   cfg.num_stages * (Q::kBytes + dO::kBytes + dS::kBytes + kStatBytes);
@@ -226,6 +229,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     constexpr int kCols = cfg.head_dim > cfg.head_dim_v ? cfg.head_dim : cfg.head_dim_v;
     float acc[kM][kCols / 8][4];  // dV of a value warp, dK of a key warp
     set_zero(acc);
+    float slope_sum = 0.f;  // of the gradient of ALiBi's slope of the head
 #pragma unroll 1
     for (int i = 0; i <= num_tiles; ++i) {
         begin_tile(i);
@@ -234,9 +238,12 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
         int const stage = stage_of(i);
         u32 const stat_lane = stat_smem + stage * Tiles::kStatBytes + acc_col(lane, 0) * 4;
         u32 const p_lane = p_smem + pair * (kM * kSteps * 512) + lane * 16;
+        constexpr int kSlopes = cfg.block_n * cfg.block_m * Tiles::kElemBytes;
+        HeadScores<cfg.score, float> const head_scores(params.score, batch, min(current.head, shape.num_heads - 1));
         if (is_value_warp) {
             if (i < num_tiles) {
                 float p[kM][kN][4];
+                float slope[cfg.score.softcap ? kM : 1][cfg.score.softcap ? kN : 1][4];
                 set_zero(p);
                 gemm_nt<kMma, TileK, TileQ, cfg.head_dim / step_elems(kMma), kUnroll>(
                     p, lane_address_a<TileK>(k_smem + warp_row * TileK::kSlabBytes, lane),
@@ -247,18 +254,56 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
 #pragma unroll
                     for (int m = 0; m < kM; ++m)
 #pragma unroll
-                        for (int j = 0; j < 4; ++j)
-                            p[m][n][j] = exp2_approx(p[m][n][j] * params.scale_log2 -
-                                                     __uint_as_float(j % 2 == 0 ? lse.x : lse.y));
+                        for (int j = 0; j < 4; ++j) {
+                            float score;  // in units of log2
+                            if constexpr (cfg.score.changes()) {
+                                float derivative;
+                                score = head_scores(
+                                    p[m][n][j] * static_cast<float>(params.scale),
+                                    min(current.m_block * cfg.block_m + 8 * n + acc_col(lane, j), shape.seqlen_q - 1),
+                                    min(k_begin + warp_row + 16 * m + acc_row(lane, j), shape.seqlen_k - 1), derivative);
+                                if constexpr (cfg.score.softcap) slope[m][n][j] = derivative;
+                            } else {
+                                score = p[m][n][j] * params.scale_log2;
+                            }
+                            p[m][n][j] = exp2_approx(score - __uint_as_float(j % 2 == 0 ? lse.x : lse.y));
+                        }
                 }
                 if (ragged || range.needs_mask(current.m_block))
                     mask_probabilities(p, shape, k_begin + warp_row, current.m_block * cfg.block_m, lane);
+                // The sign says which weights are dropped: the partner needs them all the same.
+                if constexpr (cfg.score.dropout) {
+#pragma unroll
+                    for (int n = 0; n < kN; n += 2)
+#pragma unroll
+                        for (int m = 0; m < kM; ++m) {
+                            TransposedDraws const draws = transposed_draws(
+                                params.score.seed, params.score.first_batch + batch, current.head,
+                                (current.m_block * cfg.block_m + 8 * n) / 16, (k_begin + warp_row) / 16 + m, lane);
+#pragma unroll
+                            for (int t = 0; t < 2; ++t)
+#pragma unroll
+                                for (int j = 0; j < 4; ++j)
+                                    if (draws.of(t, j) < static_cast<u32>(params.score.dropped)) p[m][n + t][j] = -p[m][n + t][j];
+                        }
+                }
 #pragma unroll
                 for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-                    for (int m = 0; m < kM; ++m)
+                    for (int m = 0; m < kM; ++m) {
                         st_shared_v4(p_lane + (k * kM + m) * 512, acc_to_words<kMma>(p[m], k));
+                        if constexpr (cfg.score.softcap)
+                            st_shared_v4(p_lane + kSlopes + (k * kM + m) * 512, acc_to_words<kMma>(slope[m], k));
+                    }
                 barrier_sync(kPairBarrier + pair, 64);
+                if constexpr (cfg.score.dropout) {
+#pragma unroll
+                    for (int m = 0; m < kM; ++m)
+#pragma unroll
+                        for (int n = 0; n < kN; ++n)
+#pragma unroll
+                            for (int j = 0; j < 4; ++j) p[m][n][j] = fmaxf(p[m][n][j], 0.f);
+                }
                 gemm_acc_nn<kMma, TileDO>(acc, p,
                                           lane_address_b_trans<kMma, TileDO>(do_smem + stage * TileDO::kBytes, lane));
             }
@@ -284,14 +329,33 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                     }
 #pragma unroll
                     for (int m = 0; m < kM; ++m) {
-                        float p[kTiles][4];
+                        float p[kTiles][4], slope[kTiles][4];
                         words_to_acc<kMma>(p, ld_shared_v4(p_lane + (k * kM + m) * 512));
+                        if constexpr (cfg.score.softcap)
+                            words_to_acc<kMma>(slope, ld_shared_v4(p_lane + kSlopes + (k * kM + m) * 512));
 #pragma unroll
                         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
                             for (int j = 0; j < 4; ++j) {
                                 float& x = ds[m][k * kTiles + n][j];
+                                if constexpr (cfg.score.dropout) {
+                                    bool const is_dropped = __float_as_uint(p[n][j]) >> 31;
+                                    x = is_dropped ? 0.f : x * static_cast<float>(params.score.kept_scale);
+                                    p[n][j] = fabsf(p[n][j]);
+                                }
                                 x = p[n][j] * (x - delta[n][j % 2]);
+                                if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
+                                    int const q_idx = current.m_block * cfg.block_m + 8 * (k * kTiles + n) + acc_col(lane, j);
+                                    int const k_idx = k_begin + warp_row + 16 * m + acc_row(lane, j);
+                                    // Where P is 0, hidden or past the ends, there is nothing to add.
+                                    if (params.d_bias.pointer != nullptr && x != 0.f) {
+                                        char* const target = params.d_bias.at(batch, current.head);
+                                        reduce_add<1>(reinterpret_cast<float*>(target + q_idx * params.d_bias.query_stride +
+                                                                               k_idx * params.d_bias.key_stride), &x);
+                                    }
+                                    if constexpr (cfg.score.alibi) slope_sum -= x * head_scores.distance(q_idx, k_idx);
+                                }
+                                if constexpr (cfg.score.softcap) x *= slope[n][j];
                             }
                     }
                 }
@@ -300,13 +364,26 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                                          lane_address_b_trans<kMma, TileQ>(q_smem + stage * TileQ::kBytes, lane));
             }
         }
+        if constexpr (cfg.score.alibi) {
+            // The last tile of a head: each key warp leaves its sum, for somebody to add up in a fixed order.
+            if (params.slope_sums != nullptr && !is_value_warp && i < num_tiles && current.m_block + 1 == range.last) {
+#pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2)
+                    slope_sum += __shfl_xor_sync(0xffffffffu, slope_sum, distance);
+                i64 const index =
+                    ((static_cast<i64>(batch) * shape.num_heads + current.head) * num_n_blocks + n_block) * kPairs + pair;
+                if (lane == 0) reinterpret_cast<float*>(params.slope_sums)[index] = slope_sum;
+                slope_sum = 0.f;
+            }
+        }
         advance(current);
     }
 
     // ---- epilogue: dV replaces V, and dK replaces K, which nobody reads any more ----
     __syncthreads();
     bool const is_value_warp = warp < kPairs;
-    float const factor = is_value_warp ? 1.f : static_cast<float>(params.scale);
+    float const value_factor = cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f;
+    float const factor = is_value_warp ? value_factor : static_cast<float>(params.scale);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll

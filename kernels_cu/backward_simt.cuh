@@ -18,6 +18,8 @@
 #include "attention/block_range.cuh"
 #include "attention/config.cuh"
 #include "attention/mask.cuh"
+#include "attention/philox.cuh"
+#include "attention/score.cuh"
 #include "tile/block_gemm.cuh"
 
 // lse log2(e) of a row, +inf where P must be 0: for a row that sees nothing.
@@ -26,6 +28,35 @@ CUFLASH_DEVICE Acc load_lse_log2(char const* lse, i64 index) {
     Acc const value = __ldg(reinterpret_cast<Acc const*>(lse) + index);
     return value == -infinity() ? Acc(infinity()) : value * Log2<Acc>::kE;
 }
+
+// Weights and gradients of the scores of one query head, pair by pair, each of which exists.
+template <BackwardSimtConfig cfg, class Acc>
+struct PairGradients {
+    BackwardParams const& params;
+    HeadScores<cfg.score, Acc> scores;
+    int const batch;
+    int const head;
+
+    CUFLASH_DEVICE PairGradients(BackwardParams const& params, int batch, int head)
+        : params(params), scores(params.score, batch, head), batch(batch), head(head) {}
+
+    // P before dropout, and the derivative of the score by q.k times scale.
+    CUFLASH_DEVICE Acc weight(Acc product, Acc lse_log2, int q_idx, int k_idx, Acc& derivative) const {
+        derivative = 1;
+        Acc const scale = static_cast<Acc>(params.scale);
+        Acc const score = cfg.score.changes() ? scores(product * scale, q_idx, k_idx, derivative)
+                                              : product * static_cast<Acc>(params.scale * Log2<double>::kE);
+        return exp2_acc(score - lse_log2);
+    }
+    // What dropout multiplies a weight by.
+    CUFLASH_DEVICE Acc kept(int q_idx, int k_idx) const {
+        if constexpr (!cfg.score.dropout) return 1;
+        return is_kept(params.score, true, batch, head, q_idx, k_idx) ? static_cast<Acc>(params.score.kept_scale) : Acc(0);
+    }
+};
+
+CUFLASH_DEVICE void add_to(float* gmem, float x) { atomicAdd(gmem, x); }
+CUFLASH_DEVICE void add_to(double* gmem, double x) { atomicAdd(gmem, x); }
 
 template <BackwardSimtConfig cfg>
 CUFLASH_DEVICE void backward_simt_delta(BackwardParams const& params) {
@@ -74,7 +105,6 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
     int const k_end = min(shape.seqlen_k, k_begin + cfg.block_n);
     BlockRange const range = query_blocks(shape, k_begin, k_end, cfg.block_m);
     Gemm const gemm(smem, threadIdx.x);
-    Acc const scale_log2 = static_cast<Acc>(params.scale * Log2<double>::kE);
 
     // ---- load: queries that see no key of the block are not read ----
     RowTile const k{params.k.at(batch, head_kv, k_begin), params.k.row_stride, 0, k_end - k_begin};
@@ -85,6 +115,8 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
 #pragma unroll 1
     for (int head = head_kv * shape.group_size; head < (head_kv + 1) * shape.group_size; ++head) {
         i64 const first_row = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q;
+        PairGradients<cfg, Acc> const pairs(params, batch, head);
+        Acc slope_sum = 0;  // of the gradient of ALiBi's slope
 #pragma unroll 1
         for (int m = range.first; m < range.last; ++m) {
             int const q_begin = m * cfg.block_m;
@@ -95,6 +127,7 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
             RowTile const q = queries(params.q);
             RowTile const d_out = queries(params.d_out);
             bool const masked = range.needs_mask(m);
+            typename Gemm::TileS weights, derivatives;
             {
                 typename Gemm::TileS s = {};
                 gemm.multiply_nt(s, k, q, shape.head_dim);
@@ -105,8 +138,12 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
                         q_idx < shape.seqlen_q ? load_lse_log2<Acc>(params.lse, first_row + q_idx) : Acc(infinity());
 #pragma unroll
                     for (int i = 0; i < Gemm::kM; ++i) {
-                        bool const visible = !masked || is_visible(shape, q_idx, k_begin + gemm.row(i));
-                        gemm.p_at(i, j) = visible ? exp2_acc(s[i][j] * scale_log2 - lse_log2) : Acc(0);
+                        int const k_idx = k_begin + gemm.row(i);
+                        bool const visible = !masked || is_visible(shape, q_idx, k_idx);
+                        int const q_near = min(q_idx, shape.seqlen_q - 1), k_near = min(k_idx, shape.seqlen_k - 1);
+                        Acc const weight = pairs.weight(s[i][j], lse_log2, q_near, k_near, derivatives[i][j]);
+                        weights[i][j] = visible ? weight : Acc(0);
+                        gemm.p_at(i, j) = weights[i][j] * pairs.kept(q_near, k_near);
                     }
                 }
             }
@@ -114,7 +151,7 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
             {
                 typename Gemm::TileS d_p = {};
                 gemm.multiply_nt(d_p, v, d_out, shape.head_dim_v);
-                // dS takes the place of P. Every thread reads what it wrote itself.
+                // dS takes the place of P.
 #pragma unroll
                 for (int j = 0; j < Gemm::kN; ++j) {
                     int const q_idx = q_begin + gemm.col(j);
@@ -123,12 +160,38 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
                                           : Acc(0);
 #pragma unroll
                     for (int i = 0; i < Gemm::kM; ++i) {
-                        bool const visible = !masked || is_visible(shape, q_idx, k_begin + gemm.row(i));
-                        gemm.p_at(i, j) = visible ? gemm.p_at(i, j) * (d_p[i][j] - delta) : Acc(0);
+                        int const k_idx = k_begin + gemm.row(i);
+                        bool const visible = !masked || is_visible(shape, q_idx, k_idx);
+                        Acc x = 0;
+                        // Where nothing is dropped, P is where this thread has put it.
+                        Acc const weight = cfg.score.dropout ? weights[i][j] : gemm.p_at(i, j);
+                        if (visible) x = weight * (d_p[i][j] * pairs.kept(q_idx, k_idx) - delta);
+                        if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
+                            if (params.d_bias.pointer != nullptr && first_column == 0 && x != 0) {
+                                char* const origin = params.d_bias.at(batch, head);
+                                add_to(reinterpret_cast<Acc*>(origin + q_idx * params.d_bias.query_stride +
+                                                              k_idx * params.d_bias.key_stride),
+                                       x);
+                            }
+                            if constexpr (cfg.score.alibi)
+                                if (visible) slope_sum -= x * pairs.scores.distance(q_idx, k_idx);
+                        }
+                        gemm.p_at(i, j) = x * derivatives[i][j];
                     }
                 }
             }
             gemm.multiply_nn(d_k, q, first_column, shape.head_dim);
+        }
+        if constexpr (cfg.score.alibi) {
+            if (params.slope_sums != nullptr && first_column == 0) {
+#pragma unroll
+                for (int distance = 1; distance < 32; distance *= 2)
+                    slope_sum += __shfl_xor_sync(0xffffffffu, slope_sum, distance);
+                i64 const index = ((static_cast<i64>(batch) * shape.num_heads + head) * num_n_blocks + n_block) *
+                                      cfg.num_warps +
+                                  threadIdx.x / 32;
+                if (threadIdx.x % 32 == 0) reinterpret_cast<Acc*>(params.slope_sums)[index] = slope_sum;
+            }
         }
     }
 
@@ -163,7 +226,7 @@ CUFLASH_DEVICE void backward_simt_dq(BackwardParams const& params, u32 smem) {
     int const head_kv = head / shape.group_size;
     BlockRange const range = key_blocks(shape, q_begin, q_end, cfg.block_n);
     Gemm const gemm(smem, threadIdx.x);
-    Acc const scale_log2 = static_cast<Acc>(params.scale * Log2<double>::kE);
+    PairGradients<cfg, Acc> const pairs(params, batch, head);
 
     // ---- load: keys that no query of the block sees are not read ----
     RowTile const q{params.q.at(batch, head, q_begin), params.q.row_stride, 0, q_end - q_begin};
@@ -187,6 +250,9 @@ CUFLASH_DEVICE void backward_simt_dq(BackwardParams const& params, u32 smem) {
                            range.k_end - k_begin};
         };
         RowTile const k = keys(params.k);
+        auto near_query = [&](int i) { return min(q_begin + gemm.row(i), shape.seqlen_q - 1); };
+        auto near_key = [&](int j) { return min(k_begin + gemm.col(j), shape.seqlen_k - 1); };
+        typename Gemm::TileS derivatives;
         {
             typename Gemm::TileS s = {};
             gemm.multiply_nt(s, q, k, shape.head_dim);
@@ -194,19 +260,21 @@ CUFLASH_DEVICE void backward_simt_dq(BackwardParams const& params, u32 smem) {
             for (int i = 0; i < Gemm::kM; ++i)
 #pragma unroll
                 for (int j = 0; j < Gemm::kN; ++j)
-                    gemm.p_at(i, j) = exp2_acc(s[i][j] * scale_log2 - lse_log2[i]);
+                    gemm.p_at(i, j) =
+                        pairs.weight(s[i][j], lse_log2[i], near_query(i), near_key(j), derivatives[i][j]);
         }
         {
             typename Gemm::TileS d_p = {};
             gemm.multiply_nt(d_p, d_out, keys(params.v), shape.head_dim_v);
-            // dS takes the place of P. Every thread reads what it wrote itself.
             bool const masked = range.needs_mask(n);
 #pragma unroll
             for (int i = 0; i < Gemm::kM; ++i)
 #pragma unroll
                 for (int j = 0; j < Gemm::kN; ++j) {
                     bool const visible = !masked || is_visible(shape, q_begin + gemm.row(i), k_begin + gemm.col(j));
-                    gemm.p_at(i, j) = visible ? gemm.p_at(i, j) * (d_p[i][j] - delta[i]) : Acc(0);
+                    Acc const kept = pairs.kept(near_query(i), near_key(j));
+                    Acc const weight = gemm.p_at(i, j);  // as this thread has put it there
+                    gemm.p_at(i, j) = visible ? weight * (d_p[i][j] * kept - delta[i]) * derivatives[i][j] : Acc(0);
                 }
         }
         gemm.multiply_nn(d_q, k, first_column, shape.head_dim);

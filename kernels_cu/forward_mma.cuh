@@ -293,7 +293,7 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float const sum = softmax.row_sum[m][h];
-            inverse[m][h] = sum == 0.f ? 0.f : (cfg.score.dropout ? params.score.kept_scale : 1.f) / sum;
+            inverse[m][h] = sum == 0.f ? 0.f : (cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f) / sum;
             int const q_idx = q_begin + warp_row + 16 * m + acc_row(lane, 2 * h);
             if (params.lse != nullptr && lane % 4 == 0 && q_idx < q_end) {
                 i64 const index = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q + q_idx;

@@ -66,6 +66,7 @@ struct BackwardMmaConfig {
     int dq_warps_m;      // warps along the rows of a d_q tile; the others split its columns
     int reduce_width;    // floats that one instruction adds to d_q: 1; from sm_90 on also 2, 4
     bool deterministic;  // d_q is summed in a fixed order
+    ScoreConfig score;
 
     constexpr int threads() const { return 32 * num_warps; }
 };
@@ -146,6 +147,7 @@ struct BackwardSimtConfig {
     int block_n;  // keys of a thread block (kDKDV), of one step (kDQ)
     int columns;  // elements of a gradient row that a thread block computes
     int num_warps;
+    ScoreConfig score;
 
     constexpr int threads() const { return 32 * num_warps; }
 };

@@ -47,7 +47,7 @@ struct ScoreParams {
     Pairs mask, bias, alibi_slopes, sinks;
     u64 seed;
     double softcap;
-    float kept_scale;  // 1 / (1 - dropout_p)
+    double kept_scale;  // 1 / (1 - dropout_p)
     i32 dropped;       // how many of the draws of 16 bits drop a weight
     i32 first_batch;   // number of the first batch entry, as the generator counts
     i32 q_offset;      // where query 0 stands among the keys
@@ -96,6 +96,9 @@ struct BackwardParams {
     i32 num_counters;
     float scale_log2;  // scale * log2(e), with its sign
     double scale;
+    ScoreParams score;
+    Pairs d_bias;       // of float32 or float64, added to; null where it is not wanted
+    char* slope_sums;   // workspace for the gradient of ALiBi's slopes, see backward_mma.cuh; null likewise
 };
 
 // The last tiles of keys, laid end to end and cut into parts of equal length, so that all blocks end at the same time.

@@ -36,6 +36,30 @@ CUFLASH_DEVICE DropoutDraws dropout_draws(u64 seed, int batch, int head, int q_b
                                seed)};
 }
 
+// The same for a block that lies transposed, keys 16 m and on as rows: rows are keys g and g + 8, columns queries.
+// What a lane needs comes from two calls, which its neighbour among the keys needs, too: each makes one of them.
+struct TransposedDraws {
+    u32 of_even[2], of_odd[2];  // for queries 2t and 2t + 1 of eight: words of keys g, g + 8
+
+    // Of register `i` of the accumulator of queries 8 n and on.
+    CUFLASH_DEVICE u32 of(int n, int i) const {
+        u32 const word = i % 2 == 0 ? of_even[i / 2] : of_odd[i / 2];
+        return n == 0 ? word & 0xffffu : word >> 16;
+    }
+};
+
+CUFLASH_DEVICE TransposedDraws transposed_draws(u64 seed, int batch, int head, int q_block, int k_block, int lane) {
+    int const g = lane / 4, t = lane % 4;
+    bool const is_odd = g % 2 == 1;
+    uint4 const w = dropout_draws(seed, batch, head, q_block, k_block, 8 * t + 4 * is_odd + g / 2).words;
+    // Words x and y are of even keys, z and w of odd ones.
+    u32 const mine[2] = {is_odd ? w.z : w.x, is_odd ? w.w : w.y};
+    u32 const other[2] = {__shfl_xor_sync(0xffffffffu, is_odd ? w.x : w.z, 4),
+                          __shfl_xor_sync(0xffffffffu, is_odd ? w.y : w.w, 4)};
+    if (is_odd) return TransposedDraws{{other[0], other[1]}, {mine[0], mine[1]}};
+    return TransposedDraws{{mine[0], mine[1]}, {other[0], other[1]}};
+}
+
 // One weight alone, at several times the cost.
 CUFLASH_DEVICE bool is_kept(ScoreParams const& params, bool has_dropout, int batch, int head, int q_idx, int k_idx) {
     if (!has_dropout) return true;

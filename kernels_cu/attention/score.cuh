@@ -25,11 +25,18 @@ struct HeadScores {
           mask(params.mask.at(batch, head)),
           slope(cfg.alibi ? *reinterpret_cast<Acc const*>(params.alibi_slopes.at(batch, head)) : Acc(0)) {}
 
-    // Of a pair that exists.
+    // Of a pair that exists; `derivative` is that by the score as it came.
     CUFLASH_DEVICE Acc operator()(Acc s, int q_idx, int k_idx) const {
+        Acc derivative;
+        return (*this)(s, q_idx, k_idx, derivative);
+    }
+    CUFLASH_DEVICE Acc operator()(Acc s, int q_idx, int k_idx, Acc& derivative) const {
+        derivative = 1;
         if constexpr (cfg.softcap) {
             Acc const softcap = static_cast<Acc>(params.softcap);
-            s = softcap * tanh_acc(s / softcap);
+            Acc const x = tanh_acc(s / softcap);
+            s = softcap * x;
+            derivative = 1 - x * x;
         }
         if constexpr (cfg.bias != Bias::kNone) {
             using E = Element<bias_dtype(cfg.bias)>;
@@ -37,13 +44,16 @@ struct HeadScores {
                 E::widen(__ldg(reinterpret_cast<typename E::Stored const*>(params.bias.of_pair(bias, q_idx, k_idx)))));
         }
         if constexpr (cfg.alibi) {
-            int const distance = q_idx + params.q_offset - k_idx;
-            s -= slope * static_cast<Acc>(distance < 0 ? -distance : distance);
+            s -= slope * distance(q_idx, k_idx);
         }
         s *= Log2<Acc>::kE;
         if constexpr (cfg.mask) {
             if (!__ldg(reinterpret_cast<unsigned char const*>(params.mask.of_pair(mask, q_idx, k_idx)))) s = -infinity();
         }
         return s;
+    }
+    CUFLASH_DEVICE Acc distance(int q_idx, int k_idx) const {
+        int const x = q_idx + params.q_offset - k_idx;
+        return static_cast<Acc>(x < 0 ? -x : x);
     }
 };
