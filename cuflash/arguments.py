@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import product
 from numbers import Real
 from typing import Any, NamedTuple
@@ -71,6 +71,8 @@ class Call:
     gradient_shapes: tuple[tuple[int, ...], ...] = ()
     #: Strides of the extras, in elements: (*loop, batch, head, query, key), or the first of these that they have.
     extras: Extras = NO_EXTRAS
+    #: Their itemsizes, as kernels see them: slopes and sinks come in the dtype that sums have.
+    itemsizes: Extras = NO_EXTRAS
     #: The same of the gradients that are asked for, which are arrays in C order with the shapes of the extras.
     d_extras: Extras = NO_EXTRAS
 
@@ -184,12 +186,6 @@ def check_device(problem: Problem, compute_capability: int, device: int) -> None
         raise TypeError(
             f"q: got bfloat16 on cuda:{device}, whose compute capability {version} has no bfloat16 (8.0 has); "
             "wanted float16 or float32"
-        )
-    if problem.features != Features():
-        names = [name for name, value in zip(Features.__slots__, astuple(problem.features), strict=True) if value]
-        raise NotImplementedError(
-            f"{', '.join(name for name in names if name != 'q_offset')}: not implemented on a GPU yet; compute on the "
-            "CPU instead"
         )
 
 
@@ -441,6 +437,13 @@ def _call(
     gradient_shapes: tuple[tuple[int, ...], ...] = (),
 ) -> Call:
     given = _check_extras(extras, q, shapes)
+    # Slopes and sinks are converted before they are used, if need be, and then lie in C order.
+    if extras.alibi_slopes is not None:
+        given = given._replace(alibi_slopes=_in_c_order(extras.alibi_slopes.shape, given.alibi_slopes))
+    if extras.sinks is not None:
+        given = given._replace(sinks=(1,))
+    number = ITEMSIZE["float64" if shapes.dtype == "float64" else "float32"]
+    itemsizes = extras.map(lambda view: view.itemsize if view.name in ("mask", "bias") else number)
     gradients = wanted.map(lambda _, view, strides: _in_c_order(view.shape, strides), extras, given)
     num_axes = len(shapes.batch_shape)
     others = [strides for strides in (given.mask, given.bias, given.alibi_slopes) if strides is not None]
@@ -497,8 +500,9 @@ def _call(
         shapes.out_shape,
         shapes.lse_shape,
         gradient_shapes,
-        given,
-        gradients,
+        extras=given,
+        itemsizes=itemsizes,
+        d_extras=gradients,
     )
 
 

@@ -81,6 +81,10 @@ class Framework(ABC):
     def empty(self, like: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """Uninitialised array in C order on the device of ``like``."""
 
+    def dtype(self, name: str) -> Any:
+        """The framework's own dtype of that name."""
+        return numpy_dtype(name)
+
     @abstractmethod
     def namespace(self, array: Any) -> Any:
         """The module of the array's own operations (``exp``, ``where``, ...)."""

@@ -411,6 +411,27 @@ class BackwardConvertConfig(Config):
 
 
 @dataclass(frozen=True, slots=True)
+class BackwardSinksConfig(Config):
+    """``backward_sinks.cuh``."""
+
+    dtype: str
+    num_warps: int = 8
+    min_blocks: int = 1
+
+    header: ClassVar[str] = "backward_sinks.cuh"
+    function: ClassVar[str] = "backward_sinks"
+    params: ClassVar[str] = "BackwardParams"
+
+    @property
+    def smem_bytes(self) -> int:
+        return 8 * self.num_warps
+
+    @property
+    def name(self) -> str:
+        return f"attention_backward_sinks_{self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
 class BackwardGatherConfig(Config):
     """``backward_gather.cuh``."""
 
@@ -510,6 +531,11 @@ class BackwardSimtConfig(Config):
     def name(self) -> str:
         tile = "" if self.step == "delta" else f"_m{self.block_m}_n{self.block_n}_c{self.columns}"
         return f"attention_backward_simt_{self.step}_{self.dtype}{tile}_w{self.num_warps}{self.score.name}"
+
+    @property
+    def slope_sums(self) -> int:
+        """How many sums a tile of keys leaves of the gradient of ALiBi's slope of a head."""
+        return self.num_warps
 
 
 def feasible(config: Config, arch: int) -> bool:

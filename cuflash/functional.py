@@ -7,9 +7,10 @@ kept in the framework's cache, so that a second call costs a look-up, an allocat
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from . import arguments, arrays, cpu
 from .arguments import Call, Options
 from .arrays import CPU, Framework
+from .problem import ITEMSIZE, Features
 from .scores import NO_EXTRAS, Extras, Score
 
 #: Prepared calls kept per framework; all are dropped when there are more.
@@ -560,6 +562,16 @@ class _Prepared:
                 gradient[...] = 0
         return gradients
 
+    def in_accumulator(self, extras: Extras) -> Extras:
+        """The extras, with slopes and sinks in C order and the dtype that sums have: they are few."""
+        framework = self.framework
+        numbers = {
+            name: framework.contiguous(framework.cast(array, framework.dtype(self.lse_dtype)))
+            for name, array in (("alibi_slopes", extras.alibi_slopes), ("sinks", extras.sinks))
+            if array is not None
+        }
+        return extras._replace(**numbers)
+
     def allocate_extra_gradients(self, q: Any, extras: Extras) -> Extras:
         """Zeros to add the gradients of extras to, where these are asked for: float32, or float64."""
 
@@ -640,7 +652,7 @@ class _HostForward(_Host):
                 for array, strides, size in zip((q, k, v, out), self.call.strides, sizes, strict=True)
             ]
             canonical_lse = None if lse is None else self.canonical_lse(lse)
-            extras = self.canonical_extras(extras, self.call.extras)
+            extras = self.canonical_extras(self.in_accumulator(extras), self.call.extras)
             for launch, index in enumerate(numpy.ndindex(self.call.loop)):
                 q_part, k_part, v_part, out_part = (operand[index] for operand in operands)
                 lse_part = None if canonical_lse is None else canonical_lse[index]
@@ -678,7 +690,7 @@ class _HostBackward(_Host):
             contiguous = self.framework.contiguous
             lse = self.canonical_lse(contiguous(lse))
             d_lse = None if d_lse is None else self.canonical_lse(contiguous(d_lse))
-            canonical = self.canonical_extras(extras, self.call.extras)
+            canonical = self.canonical_extras(self.in_accumulator(extras), self.call.extras)
             sums = self.canonical_extras(d_extras, self.call.d_extras)
             for launch, index in enumerate(numpy.ndindex(self.call.loop)):
                 inputs, outputs = [x[index] for x in operands[:5]], [x[index] for x in operands[5:]]
@@ -711,6 +723,38 @@ class _Device(_Prepared):
         """Build the launch and what it needs."""
         raise NotImplementedError
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is done to the scores."""
+        return self.call.problem.features == Features()
+
+    def per_launch(self, strides: Extras) -> Extras:
+        """Strides without those of the axes to loop over."""
+        depth = len(self.call.loop)
+        return Extras(
+            *(
+                own if own is None or name == "sinks" else own[depth:]
+                for name, own in zip(Extras._fields, strides, strict=True)
+            )
+        )
+
+    def offsets_of(self, strides: tuple[int, ...], itemsize: int) -> Iterator[int]:
+        """For every launch the offset in bytes of an array with these strides."""
+        depth = len(self.call.loop)
+        for index in itertools.product(*map(range, self.call.loop)):
+            yield itemsize * sum(map(operator.mul, index, strides[:depth]))
+
+    def score_arguments(self, extras: Extras, seed: int | None) -> Iterator[tuple[Any, ...]]:
+        """For every launch the pointers of the extras, the seed and the first batch entry."""
+        starts = [0 if array is None else self.framework.pointer(array) for array in extras]
+        offsets = [
+            itertools.repeat(0) if own is None or name == "sinks" else self.offsets_of(own, size)
+            for name, own, size in zip(Extras._fields, self.call.extras, self.call.itemsizes, strict=True)
+        ]
+        batch = self.call.problem.batch
+        for launch in range(math.prod(self.call.loop)):
+            yield tuple(map(operator.add, starts, map(next, offsets))), seed or 0, launch * batch
+
 
 class _DeviceForward(_Device):
     def prepare(self, strides: list[Any]) -> None:
@@ -718,7 +762,10 @@ class _DeviceForward(_Device):
 
         self.offsets: tuple[tuple[int, ...], ...] = ()
         if self.call.has_rows:
-            self.launch = launch.ForwardCall(self.call.problem, self.device, *strides)
+            extras = self.per_launch(self.call.extras)
+            self.launch = launch.ForwardCall(
+                self.call.problem, self.device, *strides, extras=extras, itemsizes=self.call.itemsizes
+            )
             self.offsets = tuple(self.call.offsets())
 
     def __call__(
@@ -732,9 +779,13 @@ class _DeviceForward(_Device):
         pointer = framework.pointer
         q_ptr, k_ptr, v_ptr, out_ptr = pointer(q), pointer(k), pointer(v), pointer(out)
         stream = framework.stream(self.device)
-        for to_q, to_k, to_v, to_out, to_lse in self.offsets:
+        more: Iterator[tuple[Any, ...]] = itertools.repeat(())
+        if not self.is_plain:
+            extras = self.in_accumulator(extras)
+            more = self.score_arguments(extras, seed)
+        for (to_q, to_k, to_v, to_out, to_lse), score in zip(self.offsets, more, strict=False):
             lse_ptr = 0 if lse is None else pointer(lse) + to_lse
-            self.launch(q_ptr + to_q, k_ptr + to_k, v_ptr + to_v, out_ptr + to_out, lse_ptr, stream)
+            self.launch(q_ptr + to_q, k_ptr + to_k, v_ptr + to_v, out_ptr + to_out, lse_ptr, stream, *score)
         return out, lse
 
 
@@ -744,8 +795,17 @@ class _DeviceBackward(_Device):
 
         self.offsets: tuple[tuple[int, ...], ...] = ()
         self.workspace_bytes = 0
+        if self.call.problem.deterministic and self.call.d_extras.bias is not None:
+            raise NotImplementedError(
+                "deterministic: got True for a call with a gradient by its bias, which a GPU sums in no fixed order yet; "
+                "wanted False, or compute on the CPU instead"
+            )
         if self.call.has_pairs:
-            self.launch = launch.BackwardCall(self.call.problem, self.device, *strides)
+            d_bias = self.per_launch(self.call.d_extras).bias
+            self.launch = launch.BackwardCall(
+                self.call.problem, self.device, *strides, extras=self.per_launch(self.call.extras),
+                itemsizes=self.call.itemsizes, d_bias=d_bias,
+            )  # fmt: skip
             self.workspace_bytes = self.launch.workspace_bytes
             self.offsets = tuple(self.call.offsets())
 
@@ -772,13 +832,56 @@ class _DeviceBackward(_Device):
         pointer = framework.pointer
         pointers = [pointer(array) for array in (d_out, q, k, v, out, *gradients)]
         stream = framework.stream(self.device)
-        for *offsets, lse_offset in self.offsets:
+        more: Iterator[tuple[Any, ...]] = itertools.repeat(())
+        sums = NO_EXTRAS
+        if not self.is_plain:
+            numbers = self.in_accumulator(extras)
+            sums = self.allocate_sums(q, extras)
+            more = map(operator.add, self.score_arguments(numbers, seed), self.sum_arguments(sums))
+        for (*offsets, lse_offset), score in zip(self.offsets, more, strict=False):
             shifted = [address + offset for address, offset in zip(pointers, offsets, strict=True)]
             lse_ptr = pointer(lse) + lse_offset
             d_lse_ptr = 0 if d_lse is None else pointer(d_lse) + lse_offset
-            parts: list[int] = [*shifted[:5], lse_ptr, d_lse_ptr, *shifted[5:], pointer(workspace), stream]
-            self.launch(*parts)
-        return self.finish(gradients, (q, k, v), NO_EXTRAS, extras)
+            parts: list[Any] = [*shifted[:5], lse_ptr, d_lse_ptr, *shifted[5:], pointer(workspace), stream]
+            self.launch(*parts, *score)
+        d_slopes, d_sinks = sums.alibi_slopes, sums.sinks
+        if d_slopes is not None:
+            d_slopes = d_slopes.sum(-1).reshape(*self.lse_shape[:-2], -1)
+            d_slopes = arrays.sum_to(framework, d_slopes, tuple(extras.alibi_slopes.shape))
+        if d_sinks is not None:
+            d_sinks = d_sinks.reshape(-1, self.call.problem.num_heads).sum(0)
+        return self.finish(gradients, (q, k, v), sums._replace(alibi_slopes=d_slopes, sinks=d_sinks), extras)
+
+    def allocate_sums(self, q: Any, extras: Extras) -> Extras:
+        """Zeros for the gradient by the bias, and for terms of the others: (*loop, batch, heads, ...)."""
+        wanted, problem = self.call.d_extras, self.call.problem
+        heads = (*self.call.loop, problem.batch, problem.num_heads)
+        num_slope_sums = self.launch.num_slope_sums if self.offsets else 0
+        shapes = Extras(
+            None,
+            None if wanted.bias is None else tuple(extras.bias.shape),
+            None if wanted.alibi_slopes is None else (*heads, num_slope_sums),
+            None if wanted.sinks is None else heads,
+        )
+
+        def zeros(shape: tuple[int, ...]) -> Any:
+            array = self.framework.empty(q, shape, self.lse_dtype)
+            array[...] = 0
+            return array
+
+        return shapes.map(zeros)
+
+    def sum_arguments(self, sums: Extras) -> Iterator[tuple[int, int, int]]:
+        """For every launch the pointers to these."""
+        problem, size = self.call.problem, ITEMSIZE[self.lse_dtype]
+        heads = problem.batch * problem.num_heads * size
+        bias = self.call.d_extras.bias
+        to_bias = itertools.repeat(0) if bias is None else self.offsets_of(bias, size)
+        starts = [0 if array is None else self.framework.pointer(array) for array in sums]
+        for launch in range(math.prod(self.call.loop)):
+            bias_offset = next(to_bias)
+            slopes = starts[2] + launch * heads * self.launch.num_slope_sums if starts[2] else 0
+            yield starts[1] + bias_offset if starts[1] else 0, slopes, starts[3] + launch * heads if starts[3] else 0
 
 
 # --- frameworks -------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ class BackwardCall:
         assert layout is not None
         #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).
         self.workspace_bytes = layout.total
-        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts", "slope_sums")
+        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
         self._offsets = [getattr(layout, name) for name in scratch]
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
@@ -267,7 +267,17 @@ class BackwardCall:
             block["order"] = dataclasses.astuple(self.plans[1].order)  # type: ignore[arg-type]
             block["tail"] = dataclasses.astuple(self.plans[1].tail)  # type: ignore[arg-type]
             maps = _backward_maps(problem, main, d_out, q, k, v)
-        of_score = (*(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch")), "d_bias")
+        of_score = (
+            *(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch")),
+            "d_bias",
+            "slope_sums",
+            "sink_sums",
+        )
+        #: Sums that a head leaves of the gradient by its ALiBi slope.
+        self.num_slope_sums = 0
+        if problem.features.alibi_slopes is not None:
+            assert isinstance(main, configs.BackwardMmaConfig | configs.BackwardSimtConfig)
+            self.num_slope_sums = -(-problem.seqlen_k // main.block_n) * main.slope_sums
         self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *scratch, *of_score), maps)
 
     def __call__(
@@ -288,11 +298,33 @@ class BackwardCall:
         seed: int = 0,
         first_batch: int = 0,
         d_bias: int = 0,
+        slope_sums: int = 0,
+        sink_sums: int = 0,
     ) -> None:
         """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0.
 
-        `extras`, `seed` and `first_batch` are as in :class:`ForwardCall`; the gradient by the bias is added to
-        `d_bias`, unless that is 0.
+        `extras`, `seed` and `first_batch` are as in :class:`ForwardCall`. The gradient by the bias is added to
+        `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads, `num_slope_sums`), which has
+        to hold zeros, and `sink_sums`, (batch, num_heads). Each of the three may be 0.
         """
         scratch = [workspace + offset for offset in self._offsets]
-        self._call(stream, d_out, q, k, v, out, d_q, d_k, d_v, lse, d_lse, *scratch, *extras, seed, first_batch, d_bias)
+        self._call(
+            stream,
+            d_out,
+            q,
+            k,
+            v,
+            out,
+            d_q,
+            d_k,
+            d_v,
+            lse,
+            d_lse,
+            *scratch,
+            *extras,
+            seed,
+            first_batch,
+            d_bias,
+            slope_sums,
+            sink_sums,
+        )

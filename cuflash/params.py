@@ -54,6 +54,7 @@ _BACKWARD = [
     ("score", _SCORE),
     ("d_bias", _PAIRS),
     ("slope_sums", "u8"),
+    ("sink_sums", "u8"),
 ]
 _MAP = np.dtype("V128")
 _TILE_ORDER = np.dtype(

@@ -65,9 +65,6 @@ class Workspace:
     total: int
     delta: int = 0
     num_counters: int = 0
-    slope_sums: int = 0
-    #: Elements there, of the accumulator: (batch, num_heads, so many).
-    num_slope_sums: int = 0
 
     @classmethod
     def of(
@@ -79,7 +76,6 @@ class Workspace:
         semaphores: int,
         num_counters: int = 0,
         part_floats: int = 0,
-        num_slope_sums: int = 0,
     ) -> Workspace:
         """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and the tail."""
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
@@ -87,15 +83,11 @@ class Workspace:
         tiles = heads * rows // block_m
         sizes = [heads * rows * itemsize] * 2
         sizes += [n * 4 for n in (heads * rows * dq_columns, tiles * semaphores, num_counters, part_floats)]
-        sizes.append(heads * num_slope_sums * itemsize)
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
-        lse_log2, dq_accum, semaphore, counters, parts, slope_sums, total = ends[1:]
-        return cls(
-            rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters,
-            slope_sums=slope_sums, num_slope_sums=num_slope_sums,
-        )  # fmt: skip
+        lse_log2, dq_accum, semaphore, counters, parts, total = ends[1:]
+        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,14 +353,14 @@ def _plan_backward_simt(problem: Problem) -> tuple[Plan, ...]:
     delta, dkdv, dq = configs.backward_simt_configs(p.dtype, p.head_dim, p.head_dim_v)
     score = configs.ScoreConfig.of(p.features)
     dkdv, dq = replace(dkdv, score=score), replace(dq, score=score)
-    num_slope_sums = ceil_div(p.seqlen_k, dkdv.block_n) * dkdv.num_warps if score.alibi else 0
-    workspace = Workspace.of(p, 1, 8 if p.dtype == "float64" else 4, 0, 0, num_slope_sums=num_slope_sums)
+    workspace = Workspace.of(p, 1, 8 if p.dtype == "float64" else 4, 0, 0)
     dkdv_chunks = ceil_div(max(p.head_dim, p.head_dim_v), dkdv.columns)
     dq_chunks = ceil_div(p.head_dim, dq.columns)
     return (
         Plan(delta, ceil_div(p.seqlen_q, delta.num_warps) * p.num_heads * p.batch, workspace),
         Plan(dkdv, dkdv_chunks * ceil_div(p.seqlen_k, dkdv.block_n) * p.num_heads_kv * p.batch, workspace),
         Plan(dq, dq_chunks * ceil_div(p.seqlen_q, dq.block_m) * p.num_heads * p.batch, workspace),
+        *_sinks(p, workspace),
     )
 
 
@@ -391,9 +383,15 @@ def plans_around(
         if tiles_in_parts:
             middle.append(Plan(gather, tiles_in_parts * gather.main_warps, workspace))
     else:
-        n_blocks = ceil_div(p.seqlen_k, main.block_n)
-        num_slope_sums = n_blocks * main.slope_sums if main.score.alibi else 0
-        workspace = Workspace.of(p, *sizes, num_slope_sums=num_slope_sums)
+        workspace = Workspace.of(p, *sizes)
         middle = [Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)]
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
-    return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace)
+    return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace), *_sinks(p, workspace)
+
+
+def _sinks(problem: Problem, workspace: Workspace) -> tuple[Plan, ...]:
+    """The gradient by the sinks, where there are any."""
+    if problem.features.sinks is None:
+        return ()
+    config = configs.BackwardSinksConfig(problem.lse_dtype)
+    return (Plan(config, problem.batch * problem.num_heads, workspace),)

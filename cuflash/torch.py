@@ -74,6 +74,9 @@ class TorchArrays(Framework):
     def empty(self, like: torch.Tensor, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return like.new_empty(shape, dtype=_DTYPES[dtype])
 
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[name]
+
     def namespace(self, array: torch.Tensor) -> Any:
         return torch
 

@@ -140,6 +140,13 @@ struct ForwardSimtConfig {
 
 enum class BackwardStep { kDelta, kDKDV, kDQ };
 
+struct BackwardSinksConfig {
+    Dtype dtype;  // of the LSE: kF32 or kF64
+    int num_warps;
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
 struct BackwardSimtConfig {
     BackwardStep step;
     Dtype dtype;

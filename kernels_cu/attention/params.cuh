@@ -98,7 +98,8 @@ struct BackwardParams {
     double scale;
     ScoreParams score;
     Pairs d_bias;       // of float32 or float64, added to; null where it is not wanted
-    char* slope_sums;   // workspace for the gradient of ALiBi's slopes, see backward_mma.cuh; null likewise
+    char* slope_sums;   // of the gradient by ALiBi's slopes, (batch, num_heads, so many as tiles of keys leave); null likewise
+    char* sink_sums;    // of the gradient by the sinks, (batch, num_heads)
 };
 
 // The last tiles of keys, laid end to end and cut into parts of equal length, so that all blocks end at the same time.

@@ -1,0 +1,48 @@
+// Attention backward, gradient by the sinks: the logits of keys whose value is 0.
+//
+// What    for each (batch, head):  -sum over rows of exp(sink - lse) delta,  as a key of value 0 has dP = 0.
+// Blocks  grid.x = num_heads * batch, and nothing is done where the gradient is not wanted. The sums over batches are left to the caller.
+// Who     all threads take rows in turn; a warp adds up its threads, and the first one the warps, in a fixed order.
+#pragma once
+#include "attention/config.cuh"
+#include "attention/params.cuh"
+#include "ptx/math.cuh"
+#include "ptx/shared.cuh"
+#include "tile/element.cuh"
+
+template <BackwardSinksConfig cfg>
+CUFLASH_DEVICE void backward_sinks(BackwardParams const& params, u32 smem) {
+    using Acc = typename Element<cfg.dtype>::Acc;
+    if (params.sink_sums == nullptr) return;
+    Shape const& shape = params.shape;
+    int const thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    i64 const head = blockIdx.x;  // of all batches
+    Acc const sink_log2 =
+        *reinterpret_cast<Acc const*>(params.score.sinks.at(0, blockIdx.x % shape.num_heads)) * Log2<Acc>::kE;
+    Acc const* const lse = reinterpret_cast<Acc const*>(params.lse) + head * shape.seqlen_q;
+    Acc const* const delta = reinterpret_cast<Acc const*>(params.delta) + head * params.rows;
+    Acc sum = 0;
+    if (sink_log2 > -infinity())
+        for (int i = thread; i < shape.seqlen_q; i += cfg.threads())
+            sum -= exp2_acc(sink_log2 - lse[i] * Log2<Acc>::kE) * delta[i];
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    // Sums of warps, as bits: shared memory holds no types.
+    if constexpr (sizeof(Acc) == 4) {
+        if (lane == 0) st_shared(smem + 8 * warp, __float_as_uint(sum));
+    } else {
+        if (lane == 0) st_shared_v2(smem + 8 * warp, __double2loint(sum), __double2hiint(sum));
+    }
+    __syncthreads();
+    if (thread != 0) return;
+    sum = 0;
+    for (int i = 0; i < cfg.num_warps; ++i) {
+        uint2 const words = ld_shared_v2(smem + 8 * i);
+        if constexpr (sizeof(Acc) == 4) {
+            sum += __uint_as_float(words.x);
+        } else {
+            sum += __hiloint2double(words.y, words.x);
+        }
+    }
+    reinterpret_cast<Acc*>(params.sink_sums)[head] = sum;
+}
