@@ -797,8 +797,8 @@ class _DeviceBackward(_Device):
         self.workspace_bytes = 0
         if self.call.problem.deterministic and self.call.d_extras.bias is not None:
             raise NotImplementedError(
-                "deterministic: got True for a call with a gradient by its bias, which a GPU sums in no fixed order yet; "
-                "wanted False, or compute on the CPU instead"
+                "deterministic: got True for a call with a gradient by its bias, which a GPU sums in no fixed order "
+                "yet; wanted False, or compute on the CPU instead"
             )
         if self.call.has_pairs:
             d_bias = self.per_launch(self.call.d_extras).bias

@@ -304,8 +304,8 @@ class BackwardCall:
         """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0.
 
         `extras`, `seed` and `first_batch` are as in :class:`ForwardCall`. The gradient by the bias is added to
-        `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads, `num_slope_sums`), which has
-        to hold zeros, and `sink_sums`, (batch, num_heads). Each of the three may be 0.
+        `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads, `num_slope_sums`),
+        which has to hold zeros, and `sink_sums`, (batch, num_heads). Each of the three may be 0.
         """
         scratch = [workspace + offset for offset in self._offsets]
         self._call(
