@@ -15,7 +15,10 @@ What makes it fast here:
 * The backward recomputes weights from the LSE. The LSE, and ``delta = sum(d_out * out)``, ride along as one
   more column of the products instead of taking a pass over the tile each.
 
-One thread computes an element of a result, in an order that depends on shapes alone: results are
+What a call does to scores beyond the band (``Score``) is done to one tile at a time, by ``_ScoreTile`` for the
+forward and the backward alike. Such calls always shift, and nothing rides along.
+
+One thread computes an element of a result, or several in a fixed order, which depends on shapes alone: results are
 bitwise the same for any number of threads, and those of the forward for any batch.
 """
 
@@ -31,14 +34,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.linalg._umath_linalg
 
-from . import environment
-from .scores import Band
+from . import environment, rng
+from .scores import Band, Score
 
 Array = np.ndarray
 
@@ -70,14 +73,38 @@ MIN_TASKS = 16
 MAX_HEADS = 4
 #: The backward splits the keys of a head until there are enough tasks, or so many parts, or they get so short.
 MAX_PARTS, MIN_PART = 8, 1024
+#: Order of (heads_kv, member of the group, query, key) in the tiles of scores of the forward and of the backward.
+FORWARD_AXES, BACKWARD_AXES = (0, 3, 2, 1), (0, 2, 1, 3)
 #: Bytes of a cache line, and of the widest vector register.
 ALIGNMENT = 64
 
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
+
+class _Base(NamedTuple):
+    """The number whose powers weights are."""
+
+    exp: np.ufunc
+    log: np.ufunc
+    #: Its natural logarithm.
+    ln: float
 
 
-def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band: Band, scale: float) -> None:
+#: Powers of two are the fastest; the logarithm of e becomes part of the scale.
+_TWO = _Base(np.exp2, np.log2, math.log(2.0))
+#: Where something is added to scores: however large it is, it need not be multiplied, so it does not overflow.
+_E = _Base(np.exp, np.log, 1.0)
+
+
+def forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array | None,
+    *,
+    band: Band,
+    scale: float,
+    score: Score = Score(),
+) -> None:
     """Write ``softmax(scale * q @ k.T, over visible keys) @ v`` to ``out`` and its natural-log LSE to ``lse``.
 
     Parameters
@@ -90,6 +117,10 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
         The visible pairs. A query that sees no key has out 0 and LSE -inf.
     scale : float
         Factor of the scores.
+    score : Score
+        What else is done to scores and weights. Its bias and mask are views (batch, num_heads, seqlen_q, seqlen_k)
+        with any strides, 0 where they are broadcast; its slopes (batch, num_heads), its sinks (num_heads,). The bias
+        may be -inf, which hides a pair like the mask.
     """
     batch, num_heads, seqlen_q, _ = out.shape
     heads_kv, seqlen_k = k.shape[1:3]
@@ -104,7 +135,9 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
     if not band.is_open:
         num_tiles = heads_kv * _ceil_div(group, group_step) * _ceil_div(seqlen_q, q_step)
         heads_step = max(heads_step, min(num_tiles // MIN_TASKS, MAX_HEADS))
-    norms = _key_norms(k) if seqlen_q * group >= MIN_ROWS_TO_BOUND else np.full((batch, heads_kv), np.inf)
+    is_bounded = score.is_plain and seqlen_q * group >= MIN_ROWS_TO_BOUND
+    norms = _key_norms(k) if is_bounded else np.full((batch, heads_kv), np.inf)
+    options = _grouped_score(score, heads_kv)
 
     # Scratch is each thread's own, and there are few shapes: full tiles, and what is left over at the ends.
     scratch = threading.local()
@@ -116,7 +149,8 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
             scratch.tiles = {}
         shape = tile_q.shape
         if shape not in scratch.tiles:
-            scratch.tiles[shape] = _ForwardTile(shape, seqlen_k, out.shape[4], dtype)
+            scratch.tiles[shape] = _ForwardTile(shape, seqlen_k, out.shape[4], dtype, score.is_plain)
+        place = _Place(b, heads, members, tile, slice(0, seqlen_k))
         scratch.tiles[shape].run(
             tile_q,
             k[b, heads],
@@ -126,6 +160,7 @@ def forward(q: Array, k: Array, v: Array, out: Array, lse: Array | None, *, band
             _moved(band, tile.start),
             scale,
             float(norms[b, heads].max()),
+            None if score.is_plain else _Scores(options, place, group, FORWARD_AXES, dtype),
         )
 
     # Tiles of the same heads follow one another, since they read the same keys. Those with the most keys come first,
@@ -157,6 +192,10 @@ def backward(
     *,
     band: Band,
     scale: float,
+    score: Score = Score(),
+    d_bias: Array | None = None,
+    d_alibi_slopes: Array | None = None,
+    d_sinks: Array | None = None,
 ) -> None:
     """Write the gradients of ``forward`` to ``d_q``, ``d_k`` and ``d_v``, all elements of them.
 
@@ -170,29 +209,57 @@ def backward(
         Gradient of the loss by ``lse``.
     d_q, d_k, d_v : arrays with the shapes of ``q``, ``k``, ``v``, written
         ``d_k`` and ``d_v`` are sums over the query heads that share a key head.
-    band, scale
+    band, scale, score
         As in ``forward``.
+    d_bias : array (batch or 1, num_heads or 1, seqlen_q or 1, seqlen_k or 1), or None, added to
+        An axis of size 1 receives the sum over that axis. float64 for inputs of float64, else float32, as are the next.
+    d_alibi_slopes : array (batch or 1, num_heads), or None, added to
+    d_sinks : array (num_heads,), or None, added to
     """
     batch, heads_kv, seqlen_k, _ = k.shape
+    if d_sinks is not None:
+        _add_sink_gradients(d_out, out, lse, d_lse, score.sinks, d_sinks)
     if q.size == 0 or k.size == 0:
         for gradient in (d_q, d_k, d_v):
             gradient[...] = 0
         return
     d_out, q, out, lse, d_q = (_grouped(x, heads_kv) for x in (d_out, q, out, lse, d_q))
     d_lse = None if d_lse is None else _grouped(d_lse, heads_kv)
+    options = _grouped_score(score, heads_kv)
+    d_bias, d_slopes = (None if x is None else _grouped_or_one(x, heads_kv) for x in (d_bias, d_alibi_slopes))
     group, seqlen_q = q.shape[2:4]
     num_parts = min(_ceil_div(MIN_TASKS, batch * heads_kv), MAX_PARTS, max(seqlen_k // MIN_PART, 1))
     parts = _key_parts(band, seqlen_q, seqlen_k, num_parts)
 
-    def task(b: int, heads: slice, part: slice, d_q_sum: _SumInOrder) -> None:
-        queries = slice(*band.query_range(part.start, part.stop, seqlen_q))
+    every_member = slice(0, group)
+    dtype = _compute_dtype(q)
+    lines: dict[tuple[Any, ...], _Turn] = {}
+
+    def share(name: str, gradient: Array | None, place: _Place) -> _Share | None:
+        if gradient is None:
+            return None
+        b, *where = place
+        # Tasks add to the same elements where they differ in axes that the gradient does not have.
+        starts = zip((b, place.heads.start, 0, 0, place.keys.start), gradient.shape, strict=False)
+        line = name, *(start if size > 1 else 0 for start, size in starts)
+        lines[line] = turn = _Turn(lines.get(line))
+        return _Share(_piece(gradient, slice(b, b + 1), *where)[0], turn, dtype)
+
+    def task(place: _Place, d_q_sum: _SumInOrder, d_bias: _Share | None, d_slopes: _Share | None) -> None:
+        b, heads, _, queries, part = place
         d_out_part, q_part, out_part, lse_part = (x[b, heads, :, queries] for x in (d_out, q, out, lse))
         d_lse_part = None if d_lse is None else d_lse[b, heads, :, queries]
-        scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, part.stop - part.start)
-        for start in range(part.start, part.stop, BACKWARD_N):
-            keys = slice(start, min(start + BACKWARD_N, part.stop))
-            here = b, heads, keys
-            scratch.run(k[here], v[here], d_k[here], d_v[here], _moved(band, queries.start - start))
+        scores = None if score.is_plain else _Scores(options, place, group, BACKWARD_AXES, dtype, d_bias, d_slopes)
+        num_keys = part.stop - part.start
+        with ExitStack() as shares:
+            for one in (d_bias, d_slopes):
+                if one is not None:
+                    shares.enter_context(one)
+            scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, num_keys, scores)
+            for keys in _slices(num_keys, BACKWARD_N):
+                start = part.start + keys.start
+                here = b, heads, slice(start, part.start + keys.stop)
+                scratch.run(k[here], v[here], d_k[here], d_v[here], _moved(band, queries.start - start), keys.start)
         d_q_part = (scratch.d_q * scale).reshape(scratch.d_q.shape[0], -1, group, q.shape[4])
         d_q_sum.add(part.start, queries, d_q_part)
 
@@ -200,19 +267,45 @@ def backward(
     for b in range(batch):
         for heads in _slices(heads_kv, _heads_per_task(group * seqlen_q, seqlen_k)):
             d_q_sum = _SumInOrder(d_q[b, heads], len(parts))
-            tasks += [functools.partial(task, b, heads, part, d_q_sum) for part in parts]
+            for part in parts:
+                queries = slice(*band.query_range(part.start, part.stop, seqlen_q))
+                place = _Place(b, heads, every_member, queries, part)
+                shares = share("bias", d_bias, place), share("slopes", d_slopes, place)
+                tasks.append(functools.partial(task, place, d_q_sum, *shares))
     _run(tasks)
+
+
+def _add_sink_gradients(
+    d_out: Array, out: Array, lse: Array, d_lse: Array | None, sinks: Array, d_sinks: Array
+) -> None:
+    """Add to ``d_sinks``; a sink is a key whose value is 0, so its scores' gradients need no product."""
+    batch, num_heads, seqlen_q, _ = out.shape
+    dtype = _compute_dtype(out)
+    shares = np.zeros((batch, num_heads), dtype)
+
+    def task(b: int, heads: slice) -> None:
+        here = b, heads
+        delta = np.einsum("hid,hid->hi", d_out[here].astype(dtype), out[here].astype(dtype))
+        if d_lse is not None:
+            delta -= d_lse[here]
+        weights = np.exp(sinks[heads, None].astype(dtype) - lse[here])
+        shares[here] = -np.where(lse[here] == -np.inf, 0, weights * delta).sum(axis=1)
+
+    head_slices = list(_slices(num_heads, _heads_per_task(1, seqlen_q)))
+    _run([functools.partial(task, b, heads) for b in range(batch) for heads in head_slices])
+    d_sinks += shares.sum(axis=0)
 
 
 class _ForwardTile:
     """One thread's scratch for tiles of one shape, prepared once for many of them."""
 
-    def __init__(self, shape: tuple[int, ...], num_keys: int, head_dim_v: int, dtype: np.dtype) -> None:
-        """Take the shape (heads_kv, group, queries, head_dim) of the tile of q."""
+    def __init__(self, shape: tuple[int, ...], num_keys: int, head_dim_v: int, dtype: np.dtype, is_plain: bool) -> None:
+        """Take the shape (heads_kv, group, queries, head_dim) of the tile of q, and whether scores are left alone."""
         heads, group, num_queries, head_dim = shape
         # Rows are (query, member of the group), so that a range of queries is a range of rows.
         rows = num_queries * group
-        self.is_cut = max(head_dim, head_dim_v) <= CUT_DIM and rows % CUT_M == 0
+        self.is_cut = is_plain and max(head_dim, head_dim_v) <= CUT_DIM and rows % CUT_M == 0
+        self.base = _TWO if is_plain else _E
         panel = CUT_M if self.is_cut else rows
         block = rows * min(FORWARD_N, num_keys)
         num_scores = max(min(heads * block, FORWARD_M * FORWARD_N), block)
@@ -260,11 +353,20 @@ class _ForwardTile:
         )
 
     def run(
-        self, q: Array, k: Array, v: Array, out: Array, lse: Array, band: Band, scale: float, key_norm: float
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        out: Array,
+        lse: Array,
+        band: Band,
+        scale: float,
+        key_norm: float,
+        scores: _Scores | None,
     ) -> None:
         """Forward of one tile: q and out (heads_kv, group, queries, dim), k and v (heads_kv, keys, dim)."""
         heads, group, num_queries, head_dim = q.shape
-        np.multiply(q.swapaxes(1, 2), scale * LOG2_E, out=self.q, dtype=self.q.dtype)
+        np.multiply(q.swapaxes(1, 2), scale / self.base.ln, out=self.q, dtype=self.q.dtype)
         self.q_t[...] = self.q.reshape(*self.q_t.shape[:2], -1, head_dim).swapaxes(2, 3)
 
         max_score = key_norm * _largest_norm(self.q)  # nan where an input is
@@ -274,14 +376,15 @@ class _ForwardTile:
             self._attend(k, v, blocks)
         # Values may be so large that their sum overflows, or not finite.
         if not bounded or not np.isfinite(self.acc).all():
-            self._attend_shifted(k, v, blocks, max_score)
+            self._attend_shifted(k, v, blocks, max_score, scores)
 
         acc, row_max, row_sum = (
             x.reshape(heads, num_queries, group, -1) for x in (self.acc, self.row_max, self.row_sum)
         )
-        acc /= np.where(row_sum == 0, 1, row_sum)
+        divisor = np.where(row_sum == 0, 1, row_sum)
+        acc /= divisor if scores is None else divisor * scores.kept_share
         out[...] = acc.swapaxes(1, 2)
-        lse[...] = (LN_2 * (row_max + np.log2(row_sum)))[..., 0].swapaxes(1, 2)
+        lse[...] = (self.base.ln * (row_max + self.base.log(row_sum)))[..., 0].swapaxes(1, 2)
 
     def _attend(self, k: Array, v: Array, blocks: list[_KeyBlock]) -> None:
         """Sum over all keys with weights ``2 ** score``."""
@@ -301,35 +404,59 @@ class _ForwardTile:
                 row_sum += block_sum
                 add_values(_operand(v[heads, keys], dtype), acc, None)
 
-    def _attend_shifted(self, k: Array, v: Array, blocks: list[_KeyBlock], max_score: float) -> None:
-        """Sum over all keys with weights ``2 ** (score - largest score so far)``."""
+    def _attend_shifted(
+        self, k: Array, v: Array, blocks: list[_KeyBlock], max_score: float, scores: _Scores | None
+    ) -> None:
+        """Sum over all keys with weights ``base ** (score - largest score so far)``."""
         dtype = self.acc.dtype
-        smallest = _smallest_exponent(dtype)
+        exp = self.base.exp
+        smallest = _smallest_exponent(dtype) * self.base.ln / _TWO.ln
         self.acc.fill(0)
         self.row_sum.fill(0)
         self.row_max.fill(-np.inf)
+        if scores is not None and scores.sinks is not None:
+            self._begin_with(scores.sinks)
         for keys, start, stop, edge in blocks:
             for heads, weights, set_scores, add_values, ones, block_sum, row_max, row_sum, acc in self._blocks(
                 keys.stop - keys.start, start, stop
             ):
+                hidden, in_panels = (None, None) if edge is None else (edge.hidden, edge.in_panels)
+                tile = None
+                if scores is not None:
+                    group = scores.group_here
+                    tile = scores.tile(heads, slice(start // group, stop // group), keys, hidden)
+                    if tile is None:
+                        continue
+                    hidden = tile.hidden
+                    in_panels = None if hidden is None else hidden[..., None, :, :]
                 set_scores(_operand(k[heads, keys], dtype))
-                if edge is not None:
-                    np.copyto(weights, -np.inf, where=edge.in_panels)
+                if tile is not None:
+                    tile.change(weights)
+                if hidden is not None:
+                    np.copyto(weights, -np.inf, where=in_panels)
                 new_max = np.maximum(row_max, weights.max(axis=2, keepdims=True))
                 shift = np.where(new_max == -np.inf, 0, new_max)
-                rescale = np.exp2(row_max - shift)
+                rescale = exp(row_max - shift)
                 row_max[...] = new_max
                 row_sum *= rescale
                 acc *= rescale.reshape(*acc.shape[:2], 1)
                 weights -= shift
                 if not 2 * max_score < -smallest:
                     np.maximum(weights, smallest, out=weights)
-                np.exp2(weights, out=weights)
-                if edge is not None:
-                    np.copyto(weights, 0, where=edge.in_panels)
+                exp(weights, out=weights)
+                if hidden is not None:
+                    np.copyto(weights, 0, where=in_panels)
                 np.matmul(ones, weights, out=block_sum)
                 row_sum += block_sum
-                add_values(_operand(v[heads, keys], dtype), acc, None if edge is None else edge.hidden)
+                if tile is not None:
+                    tile.drop(weights)
+                add_values(_operand(v[heads, keys], dtype), acc, hidden)
+
+    def _begin_with(self, sinks: Array) -> None:
+        """Take the sinks, (heads_kv, group), for what was summed before the first key."""
+        row_max, row_sum = (x.reshape(len(sinks), -1, sinks.shape[1]) for x in (self.row_max, self.row_sum))
+        row_max[...] = sinks[:, None]
+        row_sum[...] = np.where(sinks == -np.inf, 0, np.exp(sinks - sinks))[:, None]
 
 
 class _BackwardPart:
@@ -341,32 +468,51 @@ class _BackwardPart:
     """
 
     def __init__(
-        self, d_out: Array, q: Array, out: Array, lse: Array, d_lse: Array | None, scale: float, num_keys: int
+        self,
+        d_out: Array,
+        q: Array,
+        out: Array,
+        lse: Array,
+        d_lse: Array | None,
+        scale: float,
+        num_keys: int,
+        scores: _Scores | None,
     ) -> None:
         """Take what belongs to queries as (heads_kv, group, queries, ...)."""
         heads, self.group, self.num_queries, head_dim = q.shape
         head_dim_v = d_out.shape[3]
         dim = max(head_dim, head_dim_v)
         dtype = _compute_dtype(q)
+        self.changes = scores
+        self.base = _TWO if scores is None else _E
+        log_e = 1 / self.base.ln
         # Rows are (query, member of the group), so that a range of queries is a range of rows.
         rows = self.num_queries * self.group
         by_query = (2, heads, self.num_queries, self.group)
         staged = _aligned((*by_query, _aligned_length(dim + 1)), dtype)[..., : dim + 1]
 
-        # [q * scale * log2(e) | -lse * log2(e)], whose product with [k | 1] is the exponent of the weights.
-        np.multiply(q.swapaxes(1, 2), scale * LOG2_E, out=staged[0, ..., :head_dim], dtype=dtype)
+        # [q * scale * log(e) | -lse * log(e)], whose product with [k | 1] is the exponent of the weights.
+        np.multiply(q.swapaxes(1, 2), scale * log_e, out=staged[0, ..., :head_dim], dtype=dtype)
         staged[0, ..., head_dim:dim] = 0
         # The weights of a row that sees nothing are all hidden, but its exponents shall be numbers.
-        staged[0, ..., -1] = np.where(lse == -np.inf, 0, lse * -LOG2_E).swapaxes(1, 2)
+        staged[0, ..., -1] = np.where(lse == -np.inf, 0, lse * -log_e).swapaxes(1, 2)
         self.q_norm, self.min_lse = _largest_norm(staged[0, ..., :-1]), float(staged[0, ..., -1].min(initial=0))
 
         # [d_out | d_lse - delta], whose product with [v | 1], times the weights, is the gradient of the scores.
+        # What dropout multiplies kept weights by is taken on by d_out, for its products with v and with the weights.
+        kept_share = 1.0 if scores is None else scores.kept_share
         staged[1, ..., :head_dim_v] = d_out.swapaxes(1, 2)
         staged[1, ..., head_dim_v:dim] = 0
         delta = np.einsum("...d,...d->...", staged[1, ..., :head_dim_v], out.swapaxes(1, 2).astype(dtype))
         staged[1, ..., -1] = -delta if d_lse is None else d_lse.swapaxes(1, 2) - delta
+        if kept_share != 1:
+            staged[1, ..., :head_dim_v] /= kept_share
         self.d_out_norm = _largest_norm(staged[1])
         self.staged = staged.reshape(2, heads, rows, dim + 1)
+        if scores is not None:
+            # What is done to the products comes before these are added.
+            self.addends = self.staged[..., -1:].copy()
+            self.staged[..., -1] = 0
 
         #: Sum over all keys so far.
         self.d_q = np.zeros((heads, rows, head_dim), dtype)
@@ -402,7 +548,7 @@ class _BackwardPart:
             )
         return self.blocks[key]
 
-    def run(self, k: Array, v: Array, d_k: Array, d_v: Array, band: Band) -> None:
+    def run(self, k: Array, v: Array, d_k: Array, d_v: Array, band: Band, first_key: int) -> None:
         """Write d_k and d_v of a block of keys, (heads_kv, keys, dim), and add its share to d_q."""
         num_keys, head_dim = k.shape[1:]
         head_dim_v = v.shape[2]
@@ -410,7 +556,8 @@ class _BackwardPart:
         self.keys_t[0, :, :head_dim, :num_keys] = k.swapaxes(1, 2)
         self.keys_t[1, :, :head_dim_v, :num_keys] = v.swapaxes(1, 2)
         self.sums.fill(0)
-        smallest = _smallest_exponent(self.k.dtype)
+        exp = self.base.exp
+        smallest = _smallest_exponent(self.k.dtype) * self.base.ln / _TWO.ln
         min_exponent = self.min_lse - self.q_norm * _largest_norm(self.k[:, :num_keys])
         v_norm = _largest_norm(self.keys_t[1, :, :, :num_keys].swapaxes(1, 2))
         # Where nothing can be infinite or not a number, a hidden weight of 0 is enough to make all of its products 0.
@@ -420,24 +567,255 @@ class _BackwardPart:
             weights, d_scores, set_scores, add_rows, add_keys, keys, sums = self._block(
                 rows.stop - rows.start, start, stop
             )
+            tile = None
+            if self.changes is not None:
+                queries = slice(rows.start // self.group, rows.stop // self.group)
+                tile = self.changes.tile(
+                    slice(0, len(self.k)), queries, slice(first_key + start, first_key + stop), hidden
+                )
+                if tile is None:
+                    continue
+                hidden = tile.hidden
             staged = self.staged[:, :, rows]
             set_scores(staged)
-            if not min_exponent > smallest:
+            if tile is not None:
+                tile.change(weights)
+                weights += self.addends[0, :, rows]
+            if tile is not None or not min_exponent > smallest:
                 np.maximum(weights, smallest, out=weights)
-            np.exp2(weights, out=weights)
+            exp(weights, out=weights)
             if hidden is not None:
                 np.copyto(weights, 0, where=hidden)
+            if tile is not None:
+                tile.drop(d_scores)
+                d_scores += self.addends[1, :, rows]
             d_scores *= weights
             if tame:
                 hidden = None
             if hidden is not None:
                 np.copyto(d_scores, 0, where=hidden)
+            if tile is not None:
+                tile.drop(weights)
+                tile.change_back(d_scores)
             add_rows(staged[::-1, ..., :-1], sums, hidden)
-            add_keys(keys, self.d_q[:, rows], None if hidden is None else hidden.T)
+            add_keys(keys, self.d_q[:, rows], None if hidden is None else hidden.swapaxes(-1, -2))
 
         d_v[...] = self.sums[0, :, :num_keys, :head_dim_v]
-        # q came with scale * log2(e), of which only the scale belongs here.
-        d_k[...] = self.sums[1, :, :num_keys, :head_dim] * LN_2
+        # q came with scale * log(e), of which only the scale belongs here.
+        d_k[...] = self.sums[1, :, :num_keys, :head_dim] * self.base.ln
+
+
+class _Place(NamedTuple):
+    """Scores that one task is about."""
+
+    b: int
+    heads: slice  # of keys and values
+    members: slice  # of the group of query heads that share one of them
+    queries: slice
+    keys: slice
+
+
+class _Scores:
+    """What one call does to scores beyond the band, for the tiles of one task: where they are counted from 0 again."""
+
+    def __init__(
+        self,
+        options: Score,
+        place: _Place,
+        group: int,
+        axes: tuple[int, ...],
+        dtype: np.dtype,
+        d_bias: _Share | None = None,
+        d_slopes: _Share | None = None,
+    ) -> None:
+        """Take the options from ``_grouped_score``, and the order of (heads_kv, member, query, key) in tiles."""
+        b, *where = place
+        self.options, self.place, self.group, self.axes, self.dtype = options, place, group, axes, dtype
+        self.group_here = place.members.stop - place.members.start
+        self.bias, self.mask, self.slopes = (
+            None if x is None else _piece(x, slice(b, b + 1), *where)[0]
+            for x in (options.bias, options.mask, options.alibi_slopes)
+        )
+        self.sinks = None if options.sinks is None else options.sinks[place.heads, place.members].astype(dtype)
+        self.kept_share = 1 - options.dropout_p
+        self.d_bias, self.d_slopes = d_bias, d_slopes
+
+    def tile(self, heads: slice, queries: slice, keys: slice, hidden: Array | None) -> _ScoreTile | None:
+        """What is done to a tile of whose pairs the band hides some; None where nothing of it is visible.
+
+        ``hidden`` is without heads, and its queries and members are one axis, as they are in ``_ScoreTile.hidden``.
+        """
+        where = heads, slice(0, self.group_here), queries, keys
+        sizes = [at.stop - at.start for at in where]
+        shape = tuple(sizes[axis] for axis in self.axes)
+        mask, bias = (None if x is None else _piece(x, *where) for x in (self.mask, self.bias))
+        reasons = []
+        is_empty = mask is not None and not mask.any()
+        if mask is not None and not is_empty and not mask.all():
+            reasons.append(~mask)
+        if bias is not None and not is_empty:
+            bias = bias.astype(self.dtype, copy=False)
+            lowest = bias == -np.inf
+            if lowest.any():
+                reasons.append(lowest)
+        if reasons:
+            every = np.zeros(shape, bool) if hidden is None else np.empty(shape, bool)
+            if hidden is not None:
+                every[...] = hidden.reshape(shape[1:])
+            for reason in reasons:
+                every |= reason.transpose(self.axes)
+            is_empty = bool(every.all())
+            hidden = every.reshape(len(every), *((-1, shape[3]) if self.axes[3] == 3 else (shape[1], -1)))
+        if is_empty:
+            if self.d_bias is not None:
+                self.d_bias.add(where, None)
+            return None
+        return _ScoreTile(self, where, shape, hidden, bias)
+
+    def distances(self, queries: slice, keys: slice) -> Array:
+        """How far apart queries and keys of a tile stand, (queries, keys)."""
+        first = self.place.queries.start + self.options.q_offset - self.place.keys.start
+        i, j = np.arange(queries.start, queries.stop) + first, np.arange(keys.start, keys.stop)
+        return np.abs(i[:, None] - j).astype(self.dtype)
+
+    def kept(self, heads: slice, queries: slice, keys: slice) -> Array:
+        """Which weights of a tile dropout keeps, (heads_kv, member, queries, keys)."""
+        first = [at.start for at in self.place[1:]]
+        heads, queries, keys = (
+            slice((at.start + start) * step, (at.stop + start) * step)
+            for at, start, step in ((heads, first[0], self.group), (queries, first[2], 1), (keys, first[3], 1))
+        )
+        options = self.options
+        kept = rng.keep(options.seed, options.dropout_p, options.first_batch + self.place.b, heads, queries, keys)
+        return kept.reshape(-1, self.group, *kept.shape[1:])[:, self.place.members]
+
+
+class _ScoreTile:
+    """What is done to one tile of scores and weights, all in place, and what follows for gradients."""
+
+    def __init__(
+        self,
+        scores: _Scores,
+        where: tuple[slice, ...],
+        shape: tuple[int, ...],
+        hidden: Array | None,
+        bias: Array | None,
+    ) -> None:
+        self.scores, self.where, self.shape, self.bias = scores, where, shape, bias
+        #: Pairs that nobody sees, with or without an axis of heads in front.
+        self.hidden = hidden
+        self.softcap = scores.options.softcap
+        self.tanh: Array | None = None
+        heads, _, queries, keys = where
+        self.slopes = self.distances = None
+        if scores.slopes is not None:
+            self.slopes = scores.slopes[heads].astype(scores.dtype)
+            self.distances = scores.distances(queries, keys)
+        self.factors = None
+        if scores.options.dropout_p:
+            self.factors = scores.kept(heads, queries, keys).transpose(scores.axes)
+
+    def change(self, scores: Array) -> None:
+        """Make scores of products."""
+        scores = scores.reshape(self.shape)
+        axes = self.scores.axes
+        if self.softcap is not None:
+            scores /= self.softcap
+            np.tanh(scores, out=scores)
+            self.tanh = scores.copy()
+            scores *= self.softcap
+        if self.bias is not None:
+            scores += self.bias.transpose(axes)
+        if self.slopes is not None and self.distances is not None:
+            scores -= (self.slopes[..., None, None] * self.distances).transpose(axes)
+
+    def drop(self, weights: Array) -> None:
+        """Make zeros of what dropout drops."""
+        if self.factors is not None:
+            weights = weights.reshape(self.shape)
+            weights *= self.factors
+
+    def change_back(self, d_scores: Array) -> None:
+        """Make gradients of products of those of scores, which the bias and the slopes receive, too."""
+        hidden, axes = self.hidden, self.scores.axes
+        by_head = d_scores.reshape(self.shape).transpose(np.argsort(axes))  # (heads_kv, member, queries, keys)
+        if self.scores.d_bias is not None:
+            self.scores.d_bias.add(self.where, by_head)
+        if self.scores.d_slopes is not None and self.distances is not None:
+            summed = -np.einsum("hmij,ij->hm", by_head, self.distances)
+            self.scores.d_slopes.add(self.where, summed)
+        if self.tanh is not None:
+            d_scores *= (1 - self.tanh * self.tanh).reshape(d_scores.shape)
+            if hidden is not None:  # scores that nobody sees may be no numbers
+                np.copyto(d_scores, 0, where=hidden)
+
+
+class _Turn:
+    """The place of a task in a line of those that add to the same elements, each step by step after the one before.
+
+    Who comes before was started before, so someone can always go on.
+    """
+
+    def __init__(self, before: _Turn | None) -> None:
+        self.before = before
+        self.steps = 0.0
+        self.moved = threading.Condition()
+
+    def __enter__(self) -> None:
+        if (before := self.before) is not None:
+            with before.moved:
+                before.moved.wait_for(lambda: before.steps > self.steps)
+
+    def __exit__(self, *_: object) -> None:
+        self._move(self.steps + 1)
+
+    def end(self) -> None:
+        """Let the next one take all further steps."""
+        self.before = None
+        self._move(math.inf)
+
+    def _move(self, steps: float) -> None:
+        with self.moved:
+            self.steps = steps
+            self.moved.notify_all()
+
+
+class _Share:
+    """What one task adds to its piece of a gradient that other tasks may add to as well.
+
+    Where the piece is no longer than the sequences, the task sums its own first, and adds once; else tile by tile.
+    """
+
+    def __init__(self, target: Array, turn: _Turn, dtype: np.dtype) -> None:
+        """Take the piece (heads_kv or 1, members or 1, queries or 1, keys or 1), or without the last two axes."""
+        self.target, self.turn, self.dtype = target, turn, dtype
+        self.adds_once = target.ndim == 2 or 1 in target.shape[2:]
+        self.own: Array | None = None
+
+    def add(self, where: tuple[slice, ...], summand: Array | None) -> None:
+        """Take the summand of a tile, (heads_kv, members, queries, keys), before it is summed up, or nothing."""
+        if summand is not None:
+            broadcast = [axis for axis, size in enumerate(self.target.shape) if size == 1 != summand.shape[axis]]
+            summand = summand.sum(axis=tuple(broadcast), keepdims=True) if broadcast else summand
+        if not self.adds_once:
+            with self.turn:
+                if summand is not None:
+                    _piece(self.target, *where)[...] += summand
+        elif summand is not None:
+            assert self.own is not None
+            _piece(self.own, *where)[...] += summand
+
+    def __enter__(self) -> None:
+        if self.adds_once:
+            self.own = np.zeros(self.target.shape, self.dtype)
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            if error is None and self.own is not None:
+                with self.turn:
+                    self.target += self.own
+        finally:
+            self.turn.end()
 
 
 class _SumInOrder:
@@ -602,8 +980,9 @@ class _WeightedSum:
         """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan)."""
         if hidden is not None and not (finite := np.isfinite(rows).all(axis=-1)).all():
             n = self.weights.shape[-1]
+            hidden = np.broadcast_to(hidden, (*rows.shape[:-1], hidden.shape[-1]))
             for *head, i in np.argwhere(~finite):
-                seen = ~hidden[i]
+                seen = ~hidden[*head, i]
                 weights = self.weights[*head, i // n, :, :, i % n].reshape(-1)
                 total[*head, seen] += weights[seen, None] * rows[*head, i]
             rows = np.where(finite[..., None], rows, 0)
@@ -676,6 +1055,29 @@ def _grouped(x: Array, heads_kv: int) -> Array:
     """View (batch, heads, ...) as (batch, heads_kv, group, ...); splitting an axis never copies."""
     batch, heads, *rest = x.shape
     return x.reshape(batch, heads_kv, heads // heads_kv, *rest)
+
+
+def _grouped_or_one(x: Array, heads_kv: int) -> Array:
+    """The same, where there may be one for all heads: view (batch, 1, 1, ...)."""
+    return x[:, :, None] if x.shape[1] == 1 else _grouped(x, heads_kv)
+
+
+def _grouped_score(score: Score, heads_kv: int) -> Score:
+    """Views of the arrays of a score as (batch, heads_kv, group, ...), of length 1 where they are broadcast."""
+    arrays: dict[str, Any] = {}
+    for name in ("bias", "mask", "alibi_slopes"):
+        if (x := getattr(score, name)) is not None:
+            x = _grouped(x, heads_kv)
+            arrays[name] = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+    if score.sinks is not None:
+        arrays["sinks"] = score.sinks.reshape(heads_kv, -1)
+    return score._replace(**arrays)
+
+
+def _piece(x: Array, *where: slice) -> Array:
+    """View of a piece of an array, all of it along axes of length 1: there, it is broadcast."""
+    pairs = zip(where, x.shape, strict=False)
+    return x[tuple(at if size > 1 else slice(None) for at, size in pairs)]
 
 
 def _moved(band: Band, by: int) -> Band:

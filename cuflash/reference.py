@@ -56,9 +56,10 @@ def attention_backward(
 def naive(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> tuple[Any, Any]:
     """``attention`` with scores, probabilities, out and LSE rounded to the dtype of ``q`` as they are computed."""
     work, rounding = _as_program_in(q.dtype)
-    q_work, k_work, v_work = (x.astype(work) for x in (q, k, v))
-    result = _forward(q_work, k_work, v_work, band, scale, _in(work, score), rounding)
-    return result.out.astype(q.dtype), result.lse.astype(q.dtype)
+    dtype = q.dtype
+    q, k, v = (x.astype(work) for x in (q, k, v))
+    result = _forward(q, k, v, band, scale, _in(work, score), rounding)
+    return result.out.astype(dtype), result.lse.astype(dtype)
 
 
 def naive_backward(
@@ -110,13 +111,15 @@ def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rou
     visible = _visible(band, q, k)
     if score.mask is not None:
         visible = visible & score.mask
+    if score.bias is not None:
+        visible = visible & (score.bias != -np.inf)  # such a bias is a mask
     visible = xp.broadcast_to(visible, (*q.shape[:3], k.shape[2]))
     slope: Any = 1
     with np.errstate(all="ignore"):
         scores = rounding(scale * (q @ k.swapaxes(-1, -2)))
         if score.softcap is not None:
             tanh = rounding(xp.tanh(rounding(scores / score.softcap)))
-            slope = rounding(1 - tanh * tanh)
+            slope = xp.where(visible, rounding(1 - tanh * tanh), 0)
             scores = rounding(score.softcap * tanh)
         if score.bias is not None:
             scores = rounding(scores + score.bias)
@@ -158,7 +161,7 @@ def _backward(
             d_slopes = -(d_scores * _distances(score, q, k)).sum((-1, -2))
             d_slopes = rounding(_sum_to(d_slopes, score.alibi_slopes.shape))
         if score.sinks is not None:
-            weights = rounding(xp.exp(rounding(score.sinks[:, None] - lse)))
+            weights = xp.where(lse == -np.inf, 0, rounding(xp.exp(rounding(score.sinks[:, None] - lse))))
             d_sinks = rounding(-(weights * delta).sum((0, 2)))
         d_scores = rounding(d_scores * slope)
         d_q = rounding(scale * _weighted_sum(d_scores, keys, visible))

@@ -39,7 +39,7 @@ class Score(NamedTuple):
     """
 
     softcap: float | None = None
-    #: Broadcast to (batch, num_heads, seqlen_q, seqlen_k).
+    #: Broadcast to (batch, num_heads, seqlen_q, seqlen_k). -inf hides a pair like the mask.
     bias: Any = None
     #: Boolean, True where a query sees a key; broadcasts like the bias.
     mask: Any = None

@@ -14,8 +14,9 @@ covers what a plain program may miss by luck, above all on small arrays. `Yardst
 for other orders of summation, and scores rounded elsewhere, whose absolute error eps * |score| is a relative error of
 the probability; gradients start, on top of that, from an `out` that was rounded. `magnitude` is the largest value of
 the result's formula with the terms of every sum added in quadrature, so that none of them cancel, or of the result
-itself where that is larger: equal terms are rounded alike. The accumulator of 16-bit inputs being float32, the first
-part of the slack matters for float32 and float64 only.
+itself where that is larger: equal terms are rounded alike. With a bias or slopes, what they add counts as a score of
+its own, where weights are not 0 altogether: |score| + |bias| + |slope * distance|. The accumulator of 16-bit inputs
+being float32, the first part of the slack matters for float32 and float64 only.
 
 An element of `reference` that is not finite must not be finite in `actual`, and the other way round.
 """
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import reference as ref
-from cuflash.scores import Band
+from cuflash.scores import Band, Score
 
 FORWARD_FACTOR = 2
 GRADIENT_FACTOR = 3
@@ -78,23 +79,59 @@ def assert_within(
 class Yardstick:
     """What one attention call should give: 4-D operands in (NumPy's, or CuPy's to judge on the GPU), assertions out."""
 
-    def __init__(self, q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float | None = None) -> None:
+    def __init__(
+        self, q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float | None = None, score: Score = Score()
+    ) -> None:
         self.q, self.k, self.v, self.dtype = q, k, v, q.dtype
         self.xp = xp = sys.modules[type(q).__module__.partition(".")[0]]
-        self.options = {"band": band, "scale": q.shape[3] ** -0.5 if scale is None else scale}
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        self.options = {"band": band, "scale": scale, "score": score}
         self.out, self.lse = ref.attention(q, k, v, **self.options)
         # Scores and probabilities as (batch, heads_kv, group, seqlen_q, seqlen_k), for the magnitudes only.
-        scores = self._grouped(self._finite(q)) @ self._finite(k)[:, :, None].swapaxes(-1, -2) * self.options["scale"]
-        visible = band.visible(xp.arange(q.shape[2])[:, None], xp.arange(k.shape[2])[None, :])
+        scores = self._grouped(self._finite(q)) @ self._finite(k)[:, :, None].swapaxes(-1, -2) * scale
+        visible = self._grouped(self._visible())
+        if score.softcap is not None:
+            scores = score.softcap * xp.tanh(scores / score.softcap)
         self._max_score = _largest(scores)
+        self._distances = ref._distances(score, q.astype(np.float64), k)
+        added = self._added()
         with np.errstate(all="ignore"):
-            weights = xp.exp(scores - self._grouped(self.lse[..., None]))
+            weights = xp.exp(scores + sum(added) - self._grouped(self.lse[..., None]))
         self._squares = xp.where(visible, xp.nan_to_num(weights, nan=1.0, posinf=1.0), 0.0) ** 2
+        if added:
+            counts = self._squares > eps(np.float64) ** 4
+            self._max_score += _largest(xp.where(counts, sum(abs(x) for x in added), 0.0))
+        # What the squares of weights become by dropout.
+        self._dropout = self._grouped(xp.zeros(self._shape) + ref._dropout(score, q, k) ** 2)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (*self.q.shape[:3], self.k.shape[2])
+
+    def _visible(self) -> Any:
+        xp, score = self.xp, self.options["score"]
+        visible = ref._visible(self.options["band"], self.q, self.k)
+        if score.mask is not None:
+            visible = visible & score.mask
+        if score.bias is not None:
+            visible = visible & (score.bias.astype(np.float64) != -np.inf)
+        return xp.broadcast_to(visible, self._shape)
+
+    def _added(self) -> list[Any]:
+        """What bias and slopes add to scores, grouped like them."""
+        xp, score = self.xp, self.options["score"]
+        added = []
+        if score.bias is not None:
+            added.append(self._finite(score.bias))
+        if score.alibi_slopes is not None:
+            added.append(-self._finite(score.alibi_slopes)[..., None, None] * self._distances)
+        return [self._grouped(xp.broadcast_to(x, self._shape)) for x in added]
 
     def assert_forward(self, out: Any, lse: Any = None) -> None:
         """Assert that `out` (and `lse`) are within the rule."""
         naive_out, _ = ref.naive(self.q, self.k, self.v, **self.options)
-        slack = self._slack(self._squares @ self._finite(self.v)[:, :, None] ** 2, self.out)
+        squares = self._squares * self._dropout
+        slack = self._slack(squares @ self._finite(self.v)[:, :, None] ** 2, self.out)
         assert_within(out, self.out, naive_out, dtype=self.dtype, factor=FORWARD_FACTOR, slack=slack, what="out")
         if lse is not None:
             # The LSE is kept in the accumulator's dtype, so that is what a plain program is allowed, too.
@@ -104,7 +141,10 @@ class Yardstick:
             assert_within(lse, self.lse, naive_lse, dtype=precise, factor=FORWARD_FACTOR, slack=slack, what="lse")
 
     def assert_backward(self, d_out: Any, gradients: Any, *, d_lse: Any = None) -> None:
-        """Assert that `gradients`, (d_q, d_k, d_v), are within the rule."""
+        """Assert that `gradients`, (d_q, d_k, d_v) or all of `reference.Gradients`, are within the rule.
+
+        None stands for a gradient that was not asked for.
+        """
         operands = (d_out, self.q, self.k, self.v)
         wanted = ref.attention_backward(*operands, d_lse=d_lse, **self.options)
         naive = ref.naive_backward(*operands, d_lse=d_lse, **self.options)
@@ -112,15 +152,29 @@ class Yardstick:
         delta_squares = (d_out_squares * self._grouped(self._finite(self.out) ** 2)).sum(-1, keepdims=True)
         if d_lse is not None:
             delta_squares += self._grouped(self._finite(d_lse[..., None]) ** 2)
-        d_scores = d_out_squares @ self._finite(self.v)[:, :, None].swapaxes(-1, -2) ** 2 + delta_squares
-        d_scores *= self._squares * self.options["scale"] ** 2
+        d_weights = d_out_squares @ self._finite(self.v)[:, :, None].swapaxes(-1, -2) ** 2 * self._dropout
+        d_scores = (d_weights + delta_squares) * self._squares
+        d_products = d_scores * self.options["scale"] ** 2
         squares = {
-            "d_q": d_scores @ self._finite(self.k)[:, :, None] ** 2,
-            "d_k": (d_scores.swapaxes(-1, -2) @ self._grouped(self._finite(self.q) ** 2)).sum(2),
-            "d_v": (self._squares.swapaxes(-1, -2) @ d_out_squares).sum(2),
+            "d_q": d_products @ self._finite(self.k)[:, :, None] ** 2,
+            "d_k": (d_products.swapaxes(-1, -2) @ self._grouped(self._finite(self.q) ** 2)).sum(2),
+            "d_v": ((self._squares * self._dropout).swapaxes(-1, -2) @ d_out_squares).sum(2),
         }
-        for (what, square), *arrays in zip(squares.items(), gradients, wanted, naive, strict=False):
-            slack = self._slack(square, arrays[1], rounding=eps(self.dtype))
+        score = self.options["score"]
+        if score.bias is not None:
+            squares["d_bias"] = ref._sum_to(d_scores.reshape(self._shape), score.bias.shape)
+        if score.alibi_slopes is not None:
+            by_head = (d_scores * self._distances**2).sum((-1, -2)).reshape(self.q.shape[:2])
+            squares["d_alibi_slopes"] = ref._sum_to(by_head, score.alibi_slopes.shape)
+        if score.sinks is not None:
+            with np.errstate(all="ignore"):
+                weights = self._finite(self.xp.exp(self._finite(score.sinks)[:, None] - self.lse)) ** 2
+            squares["d_sinks"] = (weights * delta_squares.reshape(self.q.shape[:3])).sum((0, 2))
+        for what, gradient in zip(ref.Gradients._fields, gradients, strict=False):
+            if gradient is None:
+                continue
+            arrays = gradient, getattr(wanted, what), getattr(naive, what)
+            slack = self._slack(squares[what], arrays[1], rounding=eps(self.dtype))
             assert_within(*arrays, dtype=self.dtype, factor=GRADIENT_FACTOR, slack=slack, what=what)
 
     def _grouped(self, x: np.ndarray) -> np.ndarray:
