@@ -480,10 +480,15 @@ def _extras(mask: Any, bias: Any, alibi_slopes: Any, sinks: Any, q: Any) -> Extr
     return extras
 
 
+def given(extras: Extras) -> list[Any]:
+    """The arrays that the call has."""
+    return [array for array in extras if array is not None]
+
+
 def _prepare_forward(
     framework: Framework, q: Any, k: Any, v: Any, out: Any, options: tuple[Any, ...], extras: Extras
 ) -> Callable[..., tuple[Any, Any]]:
-    if framework.is_lazy(q, k, v, *extras):
+    if framework.is_lazy(q, k, v, *given(extras)):
 
         def run(q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: int | None) -> tuple[Any, Any]:
             q, k, v = map(framework.resolve, (q, k, v))
@@ -504,7 +509,7 @@ def _prepare_backward(
     extras: Extras,
     wanted: tuple[bool, bool, bool],
 ) -> Callable[..., Gradients]:
-    if framework.is_lazy(*operands, *extras):
+    if framework.is_lazy(*operands, *given(extras)):
 
         def run(*arguments: Any) -> Gradients:
             *operands, extras, seed = arguments

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cuflash
 from cuflash import arrays, cpu, functional, reference
 from cuflash.arrays import ArrayView, NumPyArrays
-from cuflash.scores import make_band
+from cuflash.scores import Extras, Score, make_band
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -107,7 +107,7 @@ def test_matrices_of_keys_serve_every_head():
     out, lse = cuflash.attention(q, k, v, return_lse=True)
     assert_close(out, cuflash.attention(q, np.broadcast_to(k, (2, 6, 5, 4)), np.broadcast_to(v, (2, 6, 5, 2))))
     d_out = random(*out.shape, seed=1)
-    _, d_k, d_v, _, _ = cuflash.attention_backward(d_out, q, k, v, out, lse)
+    _, d_k, d_v, *_ = cuflash.attention_backward(d_out, q, k, v, out, lse)
     whole = np.broadcast_to(k, (2, 1, 5, 4)), np.broadcast_to(v, (2, 1, 5, 2))
     wanted = cuflash.attention_backward(d_out, q, *whole, out, lse)
     assert_close(d_k, wanted.d_k.sum((0, 1)))
@@ -159,7 +159,7 @@ def test_agrees_with_the_reference(name, layout, options):
     assert out.flags.c_contiguous
     tolerance = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-5, "float64": 1e-12}[name]
     for actual, desired in zip(
-        (arranged(out), lse, *map(arranged, gradients[:3])), (wanted, wanted_lse, *wanted_gradients), strict=True
+        (arranged(out), lse, *map(arranged, gradients[:3])), (wanted, wanted_lse, *wanted_gradients[:3]), strict=True
     ):
         np.testing.assert_allclose(actual.astype(np.float64), desired, rtol=tolerance, atol=tolerance)
 
@@ -372,27 +372,70 @@ class HostLaunches:
         shape, strides = (problem.batch, heads, seqlen), (heads * seqlen, seqlen, 1)
         return at(pointer, shape, strides, problem.lse_dtype) if pointer else None
 
-    def ForwardCall(self, problem: Any, device: int, *strides: tuple[int, ...]) -> Any:
-        def call(q: int, k: int, v: int, out: int, lse: int, stream: int) -> None:
+    def score(self, problem: Any, strides: Extras, pointers: Any, seed: int, first_batch: int) -> Score:
+        f = problem.features
+        shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+        shapes = (shape, shape, shape[:2], shape[1:2])
+        dtypes = ("bool", f.bias, problem.lse_dtype, problem.lse_dtype)
+        mask, bias, slopes, sinks = (
+            at(pointer, size, own, dtype) if pointer else None
+            for pointer, size, own, dtype in zip(pointers, shapes, strides, dtypes, strict=True)
+        )
+        return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch)
+
+    def ForwardCall(
+        self, problem: Any, device: int, *strides: tuple[int, ...], extras: Extras, itemsizes: Extras
+    ) -> Any:
+        def call(
+            q: int,
+            k: int,
+            v: int,
+            out: int,
+            lse: int,
+            stream: int,
+            pointers: Any = (0,) * 4,
+            seed: int = 0,
+            first: int = 0,
+        ) -> None:
             self.log.append(("forward", device, stream))
-            pointers = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
-            parts = [self.operand(problem, *each) for each in pointers]
-            cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale)
+            addressed = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
+            parts = [self.operand(problem, *each) for each in addressed]
+            score = self.score(problem, extras, pointers, seed, first)
+            cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale, score=score)
 
         return call
 
-    def BackwardCall(self, problem: Any, device: int, *strides: tuple[int, ...]) -> Any:
-        def call(*pointers: int) -> None:
-            *operands, workspace, stream = pointers
+    def BackwardCall(
+        self, problem: Any, device: int, *strides: tuple[int, ...], extras: Extras, itemsizes: Extras, d_bias: Any
+    ) -> Any:
+        def call(*pointers: Any) -> None:
+            operands, (workspace, stream), rest = pointers[:10], pointers[10:12], pointers[12:]
+            extra_pointers, seed, first, *sums = rest or ((0,) * 4, 0, 0, 0, 0, 0)
             at(workspace, (64,), (1,), "uint8")[...] = 1
             self.log.append(("backward", device, stream))
             lse, d_lse = (self.lse(problem, pointer) for pointer in operands[5:7])
             names = ("out", "q", "k", "v", "out", "q", "k", "v")
             addressed = zip(names, operands[:5] + operands[7:], strides, strict=True)
             parts = [self.operand(problem, *each) for each in addressed]
-            cpu.backward(*parts[:5], lse, d_lse, *parts[5:], band=problem.band, scale=problem.scale)
+            shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
+            bias_sum, slope_sums, sink_sums = (
+                at(pointer, size, own, problem.lse_dtype) if pointer else None
+                for pointer, size, own in zip(
+                    sums, (shape, shape[:2], shape[:2]), (d_bias, (shape[1], 1), (shape[1], 1)), strict=True
+                )
+            )
+            if bias_sum is not None:
+                bias_sum = bias_sum[tuple(slice(0, 1) if n == 0 else slice(None) for n in bias_sum.strides)]
+            if sink_sums is not None:
+                sink_sums = sink_sums[0]  # the others are zeros, and so is their share of the sum
+            score = self.score(problem, extras, extra_pointers, seed, first)
+            cpu.backward(
+                *parts[:5], lse, d_lse, *parts[5:], band=problem.band, scale=problem.scale, score=score,
+                d_bias=bias_sum, d_alibi_slopes=slope_sums, d_sinks=sink_sums,
+            )  # fmt: skip
 
         call.workspace_bytes = 64
+        call.num_slope_sums = 1
         return call
 
 
@@ -481,6 +524,52 @@ def test_device_calls_agree_with_host_calls(device, shapes, layout, launches):
     out_of_mine = np.empty_like(out).view(DeviceArray)
     assert cuflash.attention(*on_device, layout=layout, is_causal=True, out=out_of_mine) is out_of_mine
     np.testing.assert_array_equal(out_of_mine, out)
+
+
+SCORE_CASES = [
+    # (shapes of q, k, v; of mask, bias, slopes; layout; launches)
+    (((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3)), ((2, 1, 5, 7), (4, 1, 7), (4,)), "bhsd", 1),
+    (((2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 3)), ((1, 7), (2, 4, 5, 7), (2, 4)), "bshd", 1),
+    (((3, 2, 4, 5, 8), (2, 2, 7, 8), (3, 1, 2, 7, 3)), ((2, 1, 5, 7), (3, 1, 4, 5, 1), (3, 1, 4)), "bhsd", 3),
+    (((5, 8), (7, 8), (7, 3)), ((5, 1), (5, 7), (1,)), "bhsd", 1),
+]
+
+
+@pytest.mark.parametrize(("shapes", "extras", "layout", "launches"), SCORE_CASES)
+def test_device_calls_change_scores_as_host_calls_do(device, shapes, extras, layout, launches):
+    q, k, v = (random(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    num_heads = extras[2][-1]
+    of_score = {
+        "mask": random(*extras[0], seed=5) < 0.7,
+        "bias": random(*extras[1], seed=6)[..., ::-1].astype(np.float32),
+        "alibi_slopes": random(*extras[2], seed=7).astype(np.float32),
+        "sinks": random(num_heads, seed=8),
+    }
+    options = {"softcap": 2.0, "dropout_p": 0.25, "seed": 1 << 50, "is_causal": True, "layout": layout}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **of_score, **options)
+    d_out, d_lse = random(*out.shape, seed=3), random(*lse.shape, seed=4)
+    gradients = cuflash.attention_backward(d_out, q, k, v, out, lse, d_lse=d_lse, **of_score, **options)
+    assert [x.dtype for x in gradients] == [np.float64, np.float64, np.float64, np.float32, np.float64, np.float32]
+
+    there = {name: array.view(DeviceArray) for name, array in of_score.items()}
+    operands = [x.view(DeviceArray) for x in (d_out, q, k, v, out, lse)]
+    found, found_lse = cuflash.attention(*operands[1:4], return_lse=True, **there, **options)
+    np.testing.assert_array_equal(found, out)
+    np.testing.assert_array_equal(found_lse, lse)
+    found = cuflash.attention_backward(*operands, d_lse=d_lse.view(DeviceArray), **there, **options)
+    for actual, desired in zip(found, gradients, strict=True):
+        assert actual.dtype == desired.dtype
+        np.testing.assert_allclose(actual, desired, rtol=1e-6 if desired.dtype == np.float32 else 1e-12, atol=1e-12)
+    assert device.log == [("forward", 1, 7)] * launches + [("backward", 1, 7)] * launches
+    with pytest.raises(NotImplementedError, match=r"deterministic: got True .* bias"):
+        cuflash.attention_backward(*operands, **there, **options, deterministic=True)
+
+
+def test_seeds_are_no_new_prepared_calls(device):
+    q = random(2, 3, 4).view(DeviceArray)
+    results = [cuflash.attention(q, q, q, dropout_p=0.5, seed=seed) for seed in range(5)]
+    assert len(device.arrays.prepared) == 1
+    assert len({result.tobytes() for result in results}) > 1
 
 
 def test_devices_that_are_too_old(device):

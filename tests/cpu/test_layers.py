@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels_cu"
 
 # From the bottom up: a module imports only from layers below its own.
 LAYERS = (
-    {"environment", "scores", "tensor_map"},
+    {"environment", "rng", "scores", "tensor_map"},
     {"problem", "cpu", "reference", "arrays"},
     {"configs", "params", "arguments"},
     {"plan", "compile"},
@@ -28,7 +28,12 @@ LAYERS = (
     {"__main__"},
 )
 # Modules that see less than their layer would let them.
-ONLY = {"cpu": {"scores", "environment"}, "reference": {"scores"}, "environment": set(), "arrays": {"environment"}}
+ONLY = {
+    "cpu": {"environment", "rng", "scores"},
+    "reference": {"rng", "scores"},
+    "environment": set(),
+    "arrays": {"environment"},
+}
 
 OPTIONAL = {"cupy", "cupy_backends", "cuda", "torch", "jax", "ml_dtypes"}
 # What may import a framework at all, and only inside functions.
