@@ -854,19 +854,21 @@ class _DeviceBackward(_Device):
             d_slopes = d_slopes.sum(-1).reshape(*self.lse_shape[:-2], -1)
             d_slopes = arrays.sum_to(framework, d_slopes, tuple(extras.alibi_slopes.shape))
         if d_sinks is not None:
-            d_sinks = d_sinks.reshape(-1, self.call.problem.num_heads).sum(0)
+            d_sinks = d_sinks.sum(-1).reshape(-1, self.call.problem.num_heads).sum(0)
         return self.finish(gradients, (q, k, v), sums._replace(alibi_slopes=d_slopes, sinks=d_sinks), extras)
 
     def allocate_sums(self, q: Any, extras: Extras) -> Extras:
         """Zeros for the gradient by the bias, and for terms of the others: (*loop, batch, heads, ...)."""
         wanted, problem = self.call.d_extras, self.call.problem
         heads = (*self.call.loop, problem.batch, problem.num_heads)
-        num_slope_sums = self.launch.num_slope_sums if self.offsets else 0
+        num_slope_sums, num_sink_sums = (
+            (self.launch.num_slope_sums, self.launch.num_sink_sums) if self.offsets else (0, 0)
+        )
         shapes = Extras(
             None,
             None if wanted.bias is None else tuple(extras.bias.shape),
             None if wanted.alibi_slopes is None else (*heads, num_slope_sums),
-            None if wanted.sinks is None else heads,
+            None if wanted.sinks is None else (*heads, num_sink_sums),
         )
 
         def zeros(shape: tuple[int, ...]) -> Any:
@@ -886,7 +888,8 @@ class _DeviceBackward(_Device):
         for launch in range(math.prod(self.call.loop)):
             bias_offset = next(to_bias)
             slopes = starts[2] + launch * heads * self.launch.num_slope_sums if starts[2] else 0
-            yield starts[1] + bias_offset if starts[1] else 0, slopes, starts[3] + launch * heads if starts[3] else 0
+            sinks = starts[3] + launch * heads * self.launch.num_sink_sums if starts[3] else 0
+            yield starts[1] + bias_offset if starts[1] else 0, slopes, sinks
 
 
 # --- frameworks -------------------------------------------------------------------------------------------------

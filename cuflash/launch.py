@@ -273,11 +273,13 @@ class BackwardCall:
             "slope_sums",
             "sink_sums",
         )
-        #: Sums that a head leaves of the gradient by its ALiBi slope.
-        self.num_slope_sums = 0
+        #: Sums that a head leaves of the gradient by its ALiBi slope, and by its sink.
+        self.num_slope_sums = self.num_sink_sums = 0
         if problem.features.alibi_slopes is not None:
             assert isinstance(main, configs.BackwardMmaConfig | configs.BackwardSimtConfig)
             self.num_slope_sums = -(-problem.seqlen_k // main.block_n) * main.slope_sums
+        if problem.features.sinks is not None:
+            self.num_sink_sums = self.plans[-1].config.num_warps
         self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *scratch, *of_score), maps)
 
     def __call__(
@@ -305,7 +307,7 @@ class BackwardCall:
 
         `extras`, `seed` and `first_batch` are as in :class:`ForwardCall`. The gradient by the bias is added to
         `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads, `num_slope_sums`),
-        which has to hold zeros, and `sink_sums`, (batch, num_heads). Each of the three may be 0.
+        which has to hold zeros, and `sink_sums`, (batch, num_heads, `num_sink_sums`). Each of the three may be 0.
         """
         scratch = [workspace + offset for offset in self._offsets]
         self._call(

@@ -1,17 +1,16 @@
 // Attention backward, gradient by the sinks: the logits of keys whose value is 0.
 //
 // What    for each (batch, head):  -sum over rows of exp(sink - lse) delta,  as a key of value 0 has dP = 0.
-// Blocks  grid.x = num_heads * batch, and nothing is done where the gradient is not wanted. The sums over batches are left to the caller.
-// Who     all threads take rows in turn; a warp adds up its threads, and the first one the warps, in a fixed order.
+// Blocks  grid.x = num_heads * batch, and nothing is done where the gradient is not wanted.
+// Who     all threads take rows in turn, and each warp adds up its own. The sums over warps and batches are left to the caller.
 #pragma once
 #include "attention/config.cuh"
 #include "attention/params.cuh"
 #include "ptx/math.cuh"
-#include "ptx/shared.cuh"
 #include "tile/element.cuh"
 
 template <BackwardSinksConfig cfg>
-CUFLASH_DEVICE void backward_sinks(BackwardParams const& params, u32 smem) {
+CUFLASH_DEVICE void backward_sinks(BackwardParams const& params, u32 /*smem*/) {
     using Acc = typename Element<cfg.dtype>::Acc;
     if (params.sink_sums == nullptr) return;
     Shape const& shape = params.shape;
@@ -27,22 +26,5 @@ CUFLASH_DEVICE void backward_sinks(BackwardParams const& params, u32 smem) {
             sum -= exp2_acc(sink_log2 - lse[i] * Log2<Acc>::kE) * delta[i];
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    // Sums of warps, as bits: shared memory holds no types.
-    if constexpr (sizeof(Acc) == 4) {
-        if (lane == 0) st_shared(smem + 8 * warp, __float_as_uint(sum));
-    } else {
-        if (lane == 0) st_shared_v2(smem + 8 * warp, __double2loint(sum), __double2hiint(sum));
-    }
-    __syncthreads();
-    if (thread != 0) return;
-    sum = 0;
-    for (int i = 0; i < cfg.num_warps; ++i) {
-        uint2 const words = ld_shared_v2(smem + 8 * i);
-        if constexpr (sizeof(Acc) == 4) {
-            sum += __uint_as_float(words.x);
-        } else {
-            sum += __hiloint2double(words.y, words.x);
-        }
-    }
-    reinterpret_cast<Acc*>(params.sink_sums)[head] = sum;
+    if (lane == 0) reinterpret_cast<Acc*>(params.sink_sums)[head * cfg.num_warps + warp] = sum;
 }

@@ -99,7 +99,7 @@ struct BackwardParams {
     ScoreParams score;
     Pairs d_bias;       // of float32 or float64, added to; null where it is not wanted
     char* slope_sums;   // of the gradient by ALiBi's slopes, (batch, num_heads, so many as tiles of keys leave); null likewise
-    char* sink_sums;    // of the gradient by the sinks, (batch, num_heads)
+    char* sink_sums;    // of the gradient by the sinks, (batch, num_heads, warps of backward_sinks.cuh)
 };
 
 // The last tiles of keys, laid end to end and cut into parts of equal length, so that all blocks end at the same time.

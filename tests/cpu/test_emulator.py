@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import configs, launch, plan
+from cuflash import arguments, configs, launch, plan, reference
+from cuflash.arguments import Options
+from cuflash.arrays import ArrayView, NumPyArrays
 from cuflash.problem import Problem
+from cuflash.scores import Extras, Score
 from tests.emulator.device import Device, KernelError, Programs, compile_emulator, is_available
 from tests.strategies import Case, Operands, make_operands, ml_dtypes
 from tests.tolerance import Yardstick
@@ -202,6 +205,97 @@ def test_call(run: Run, programs: Programs, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(plan, "_backward_tail", tail_in_parts)
     # The portable kernels leave less to chance: their threads do everything themselves.
     check(run, device, range(3 if run.config.arch_specific else 1))
+
+
+#: What calls do to their scores: names of the arrays of ``Extras``, softcap and dropout.
+SCORES = {
+    "softcap and dropout": (),
+    "bias, slopes and sinks": ("bias", "alibi_slopes", "sinks"),
+    "mask": ("mask",),
+    "everything": ("mask", "bias", "alibi_slopes", "sinks"),
+}
+SCORE_RUNS = [
+    *(("float16", 80, name) for name in SCORES),
+    ("float16", 75, "everything"),
+    ("float32", 90, "everything"),
+]
+
+
+def make_extras(case: Case, names: tuple[str, ...], put: Callable[[np.ndarray], np.ndarray]) -> Extras:
+    """Extras that are broadcast over an axis each, in the dtypes that kernels take."""
+    draw = np.random.default_rng(5)
+    lengths = case.num_heads, case.seqlen_q, case.seqlen_k
+    made = Extras(
+        draw.random((case.batch, 1, *lengths[1:])) < 0.7,
+        draw.standard_normal((*lengths[:2], 1)).astype(np.float16),
+        draw.random((case.batch, case.num_heads), np.float32) / 4,
+        draw.standard_normal(case.num_heads).astype(np.float32),
+    )
+    return Extras(*(put(x) if name in names else None for name, x in zip(Extras._fields, made, strict=True)))
+
+
+@pytest.mark.parametrize(("dtype", "arch", "name"), SCORE_RUNS)
+def test_scores(
+    dtype: str, arch: int, name: str, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The portable kernels, forward and backward, with what is done to scores and weights."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    case = Case(
+        dtype, batch=2, num_heads=4, num_heads_kv=2, seqlen_q=45, seqlen_k=77, head_dim=24, head_dim_v=32,
+        window=(40, 3),
+    )  # fmt: skip
+    clean = make_operands(case)
+    extras = make_extras(case, SCORES[name], device.put)
+    softened = "softcap" in name or name == "everything"
+    options = Options(window=case.window, softcap=2.0 if softened else None, dropout_p=0.25 if softened else 0.0)
+    score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, 77 - 45, extras.sinks,
+                  options.dropout_p, 1 << 40, 3)  # fmt: skip
+    yardstick = Yardstick(clean.q, clean.k, clean.v, band=case.band, scale=case.softmax_scale, score=score)
+
+    def view(array: np.ndarray, name: str) -> ArrayView:
+        return dataclasses.replace(NumPyArrays().view(array, name), device=0)
+
+    q, k, v, d_out = make_operands(case, device.put)
+    info = plan.DeviceInfo.of_arch(arch)
+    views = [view(x, letter) for x, letter in zip((q, k, v), "qkv", strict=True)]
+    extra_views = extras.map(view, Extras._fields)
+    call = arguments.forward(*views, None, options, extra_views)
+    pointers = tuple(0 if x is None else device.address(x) for x in extras)
+    of_score = pointers, score.seed, score.first_batch
+    out = device.put(np.full(yardstick.out.shape, np.nan, q.dtype))
+    lse = device.put(np.full(yardstick.lse.shape, np.nan, np.float32))
+    strides = {"extras": call.extras, "itemsizes": call.itemsizes}
+    run = launch.ForwardCall(call.problem, 0, *call.strides, device_info=info, **strides)
+    run(*map(device.address, (q, k, v, out, lse)), 1, *of_score)
+    yardstick.assert_forward(out, lse)
+
+    out[...], lse[...] = yardstick.out, yardstick.lse
+    d_lse = np.where(np.isfinite(yardstick.lse), np.random.default_rng(1).standard_normal(lse.shape), 0)
+    d_lse = device.put(d_lse.astype(np.float32))
+    wanted = Extras(None, *(True if x is not None else None for x in extras[1:]))
+    rest = [view(x, text) for x, text in ((out, "out"), (lse, "lse"), (d_lse, "d_lse"))]
+    call = arguments.backward(view(d_out, "d_out"), *views, *rest, options, extra_views, wanted)
+    gradients = [device.put(np.full(x.shape, np.nan, x.dtype)) for x in (q, k, v)]
+    back = launch.BackwardCall(call.problem, 0, *call.strides, device_info=info, d_bias=call.d_extras.bias, **strides)
+    workspace = device.put(np.full(back.workspace_bytes, 0xFF, np.uint8))
+    heads = (case.batch, case.num_heads)
+    sums = [
+        None if extra is None else device.put(np.zeros(shape, np.float32))
+        for extra, shape in zip(
+            extras[1:],
+            (np.shape(extras.bias), (*heads, back.num_slope_sums), (*heads, back.num_sink_sums)),
+            strict=True,
+        )
+    ]
+    addresses = (0 if x is None else device.address(x) for x in sums)
+    back(*map(device.address, (d_out, q, k, v, out, lse, d_lse, *gradients, workspace)), 1, *of_score, *addresses)
+    d_bias, slope_sums, sink_sums = sums
+    found = reference.Gradients(
+        *gradients, d_bias, None if slope_sums is None else slope_sums.sum(-1),
+        None if sink_sums is None else sink_sums.sum((0, 2)),
+    )  # fmt: skip
+    yardstick.assert_backward(clean.d_out, found, d_lse=d_lse)
 
 
 @dataclass(frozen=True)

@@ -435,7 +435,7 @@ class HostLaunches:
             )  # fmt: skip
 
         call.workspace_bytes = 64
-        call.num_slope_sums = 1
+        call.num_slope_sums = call.num_sink_sums = 1
         return call
 
 
