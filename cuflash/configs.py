@@ -212,6 +212,7 @@ class ForwardWgmmaConfig(TileConfig):
     q_stages: int = 2
     ping_pong: bool = True
     min_blocks: int = 1
+    score: ScoreConfig = ScoreConfig()
 
     header: ClassVar[str] = "forward_wgmma.cuh"
     function: ClassVar[str] = "forward_wgmma"
@@ -240,6 +241,7 @@ class ForwardWgmmaConfig(TileConfig):
     def name(self) -> str:
         return (
             f"{self.tile_name}_s{self.num_stages}_q{self.q_stages}{'_pingpong' if self.ping_pong else ''}_{self.copy}"
+            f"{self.score.name}"
         )
 
 

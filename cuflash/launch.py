@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import struct
 import sys
 import threading
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from . import compile as compiler
-from . import configs, environment, params
+from . import configs, environment, params, rng
 from .plan import DeviceInfo, Plan, plan_backward, plan_forward
-from .problem import ITEMSIZE, Features, Problem
+from .problem import ITEMSIZE, Problem
 from .scores import NO_EXTRAS, Band, Extras
 from .tensor_map import TensorMap, TensorMaps
 
@@ -108,7 +109,10 @@ def _with_keys(problem: Problem, first: int, end: int) -> Problem:
     if end - first == problem.seqlen_k:
         return problem
     lower, upper = (None if bound is None else bound - first for bound in (problem.band.lower, problem.band.upper))
-    return dataclasses.replace(problem, seqlen_k=end - first, band=Band(lower, upper))
+    features = problem.features
+    if features.alibi_slopes is not None:
+        features = dataclasses.replace(features, q_offset=features.q_offset - first)
+    return dataclasses.replace(problem, seqlen_k=end - first, band=Band(lower, upper), features=features)
 
 
 def _forward_maps(
@@ -169,10 +173,15 @@ class ForwardCall:
         plan: Plan | None = None,
     ) -> None:
         # Keys that no query sees are cut off, so that no tile reaches into them.
-        first_key, end_key = 0, problem.seqlen_k
-        if problem.features == Features():  # which may know keys by their numbers
-            first_key, end_key = problem.band.key_range(0, problem.seqlen_q, problem.seqlen_k)
+        first_key, end_key = problem.band.key_range(0, problem.seqlen_q, problem.seqlen_k)
+        if problem.features.dropout_p > 0 and first_key % rng.BLOCK:
+            first_key = 0
         problem = _with_keys(problem, first_key, end_key)
+        # What belongs to pairs begins with the first key, too.
+        self._extra_offsets = tuple(
+            0 if own is None or len(own) < 4 else first_key * own[3] * size
+            for own, size in zip(extras, itemsizes, strict=True)
+        )
         itemsize = ITEMSIZE[problem.dtype]
         self._k_offset, self._v_offset = k[2] * first_key * itemsize, v[2] * first_key * itemsize
         self.plan = plan or plan_forward(problem, device_info or DeviceInfo.current(device_id), environment.kernel())
@@ -193,11 +202,12 @@ class ForwardCall:
             if config.copy == "tma":
                 maps = _forward_maps(problem, config, self.plan.order.pack, q, k, v)
         else:
-            block["scale"], block["scale_log2"], block["score_sign"] = problem.scale, scale_log2, sign
-            params.fill_score(block, problem, extras, itemsizes)
-        pointers: tuple[str, ...] = ("q", "k", "v", "out", "lse")
-        if not isinstance(config, configs.ForwardWgmmaConfig):
-            pointers += tuple(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch"))
+            block["scale_log2"], block["score_sign"] = scale_log2, sign
+        block["scale"] = problem.scale
+        params.fill_score(block, problem, extras, itemsizes)
+        block["score"]["first_key"] = first_key
+        of_score = tuple(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch"))
+        pointers = ("q", "k", "v", "out", "lse", *of_score)
         self._call = _Call((self.plan,), device_id, block, pointers, maps)
 
     def __call__(
@@ -216,6 +226,7 @@ class ForwardCall:
 
         `extras` are pointers, or 0; `first_batch` is the number of the first batch entry, as dropout counts them.
         """
+        extras = tuple(map(operator.add, extras, self._extra_offsets))
         self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *extras, seed, first_batch)
 
 

@@ -38,7 +38,7 @@ _SCORE = np.dtype(
         ("seed", "u8"),
         ("softcap", "f8"),
         ("kept_scale", "f8"),
-        *((name, "i4") for name in ("dropped", "first_batch", "q_offset")),
+        *((name, "i4") for name in ("dropped", "first_batch", "q_offset", "first_key")),
     ],
     align=True,
 )
@@ -86,6 +86,8 @@ PARAMS = {
             *_FORWARD,
             ("scale_log2", "f4"),
             ("order", _TILE_ORDER),
+            ("scale", "f8"),
+            ("score", _SCORE),
         ]
     ),
     "BackwardParams": np.dtype(_BACKWARD, align=True),

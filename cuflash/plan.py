@@ -277,7 +277,9 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
         return Plan(simt, chunks * ceil_div(p.seqlen_q, simt.block_m) * p.num_heads * p.batch)
     mma, head_dim, head_dim_v = choice
     # Unaligned rows are copied element by element; the portable kernels have more threads for that.
-    fits = configs.has_wgmma(mma, device.arch) and p.mappable and score == configs.ScoreConfig()
+    fits = configs.has_wgmma(mma, device.arch) and p.mappable and (p.vectorized or score == configs.ScoreConfig())
+    # Keys that nobody sees are cut off there, and dropout counts keys by 16.
+    fits &= not score.dropout or p.band.key_range(0, p.seqlen_q, p.seqlen_k)[0] % 16 == 0
     if fits and (family == "wgmma" or (family == "auto" and p.vectorized)):
         return _plan_forward_wgmma(mma, head_dim, head_dim_v, p, device)
     if family == "wgmma":
@@ -298,9 +300,14 @@ def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
 
 def _plan_forward_wgmma(mma: str, head_dim: int, head_dim_v: int, problem: Problem, device: DeviceInfo) -> Plan:
     p = problem
+    score = configs.ScoreConfig.of(p.features)
+    is_plain = score == configs.ScoreConfig()
     rows = configs.forward_wgmma_configs(mma, head_dim, head_dim_v, p.vectorized)
+    if not is_plain:
+        # Three warpgroups leave no registers for what is done to scores, and tiles are of one head.
+        rows = [(replace(row, score=score), cost) for row, cost in rows if row.block_m <= 128]
     largest = rows[0][0]
-    pack = _pack(p, largest.block_m) if p.vectorized else 1
+    pack = _pack(p, largest.block_m) if p.vectorized and is_plain else 1
     if pack > 1:  # by lengths alone: how queries of different heads share warps may show in the last bit
         config = next((row for row, _ in reversed(rows) if row.block_m // pack >= p.seqlen_q), largest)
     else:

@@ -239,7 +239,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
         u32 const stat_lane = stat_smem + stage * Tiles::kStatBytes + acc_col(lane, 0) * 4;
         u32 const p_lane = p_smem + pair * (kM * kSteps * 512) + lane * 16;
         constexpr int kSlopes = cfg.block_n * cfg.block_m * Tiles::kElemBytes;
-        HeadScores<cfg.score, float> const head_scores(params.score, batch, min(current.head, shape.num_heads - 1));
+        HeadScores<cfg.score, float, is_16bit(kMma)> const head_scores(params.score, batch, min(current.head, shape.num_heads - 1));
         if (is_value_warp) {
             if (i < num_tiles) {
                 float p[kM][kN][4];
@@ -279,7 +279,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                         for (int m = 0; m < kM; ++m) {
                             TransposedDraws const draws = transposed_draws(
                                 params.score.seed, params.score.first_batch + batch, current.head,
-                                (current.m_block * cfg.block_m + 8 * n) / 16, (k_begin + warp_row) / 16 + m, lane);
+                                (current.m_block * cfg.block_m + 8 * n) / 16, (params.score.first_key + k_begin + warp_row) / 16 + m, lane);
 #pragma unroll
                             for (int t = 0; t < 2; ++t)
 #pragma unroll

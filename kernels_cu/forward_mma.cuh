@@ -112,7 +112,7 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     // Scores that are changed come out in units of log2.
     constexpr bool kChanged = cfg.score.changes();
     float const scale_log2 = kChanged ? 1.f : params.scale_log2;
-    HeadScores<cfg.score, float> const head_scores(params.score, batch, head);
+    HeadScores<cfg.score, float, is_16bit(kMma)> const head_scores(params.score, batch, head);
     if constexpr (cfg.score.sinks)
         softmax.init_sink(*reinterpret_cast<float const*>(params.score.sinks.at(0, head)) * kLog2E / scale_log2, lane);
 
@@ -177,7 +177,7 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
             for (int m = 0; m < kM; ++m) {
                 DropoutDraws const draws =
                     dropout_draws(params.score.seed, params.score.first_batch + batch, head,
-                                  (q_begin + warp_row) / 16 + m, (n * cfg.block_n + 8 * t) / 16, lane);
+                                  (q_begin + warp_row) / 16 + m, (params.score.first_key + n * cfg.block_n + 8 * t) / 16, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
 #pragma unroll

@@ -23,6 +23,8 @@
 #include "attention/config.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/mask.cuh"
+#include "attention/philox.cuh"
+#include "attention/score.cuh"
 #include "attention/softmax.cuh"
 #include "attention/tile_order.cuh"
 #include "ptx/barrier.cuh"
@@ -246,6 +248,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         }
     };
 
+    // Scores that are changed come out in units of log2.
+    constexpr bool kChanged = cfg.score.changes();
+    float const scale_log2 = kChanged ? 1.f : params.scale_log2;
     float o[1][kNV][4];
     FragmentA<kMma> p[kStepsPV];
     EagerSoftmax softmax;
@@ -290,13 +295,49 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         bool const any = own_first < own_last;
         bool const chain = cfg.q_stages > 1 && pending && any && own_last == last;
 
+        // What is done to scores, pair by pair; without packs, as a tile then is of one head.
+        TileCoordinates const here = tile_coordinates(order, end ? 0 : index);
+        HeadScores<cfg.score, float, true> const head_scores(params.score, here.batch, here.head);
+        float const sink_log2 =
+            cfg.score.sinks ? *reinterpret_cast<float const*>(params.score.sinks.at(0, here.head)) * kLog2E : 0.f;
+        auto change = [&](float (&s)[1][kN][4], int n) {
+            if constexpr (!kChanged) return;
+            int row = warp_row;
+            opaque(row);
+#pragma unroll
+            for (int t = 0; t < kN; ++t)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int const q_idx = min(q_begin + row + acc_row(lane, i), shape.seqlen_q - 1);
+                    int const k_idx = min(n * cfg.block_n + 8 * t + acc_col(lane, i), shape.seqlen_k - 1);
+                    s[0][t][i] = head_scores(s[0][t][i] * static_cast<float>(params.scale), q_idx, k_idx);
+                }
+        };
+        // Dropped weights become 0, when their sums have been taken.
+        auto drop = [&](float (&s)[1][kN][4], int n) {
+            if constexpr (!cfg.score.dropout) return;
+            int row = warp_row;
+            opaque(row);
+#pragma unroll
+            for (int t = 0; t < kN; t += 2) {
+                DropoutDraws const draws =
+                    dropout_draws(params.score.seed, params.score.first_batch + here.batch, here.head, (q_begin + row) / 16,
+                                  (params.score.first_key + n * cfg.block_n) / 16 + t / 2, lane);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (draws.of(j, i) < static_cast<u32>(params.score.dropped)) s[0][t + j][i] = 0.f;
+            }
+        };
         auto mask = [&](float (&s)[1][kN][4], int n) {
+            change(s, n);
             if (!own.needs_mask(n)) return;
             int row = warp_row;
             opaque(row);
             row += lane / 4;
             int const q_idx[1][2] = {{min(query_of_row(row), q_end - 1), min(query_of_row(row + 8), q_end - 1)}};
-            mask_scores(s, shape, q_idx, n * cfg.block_n, lane, params.scale_log2 < 0.f ? infinity() : -infinity());
+            mask_scores(s, shape, q_idx, n * cfg.block_n, lane, scale_log2 < 0.f ? infinity() : -infinity());
         };
 
         // ---- its first scores, beside the last P V of the tile before if that can be ----
@@ -307,8 +348,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         fresh.init();
         auto first_weights = [&] {
             mask(s, n);
-            fresh.settle(s[0], params.scale_log2);
-            fresh.weigh(s[0], sum, params.scale_log2);
+            fresh.settle(s[0], scale_log2);
+            if constexpr (cfg.score.sinks) fresh.add_sink(sink_log2, lane);
+            fresh.weigh(s[0], sum, scale_log2);
             fresh.add(sum);
         };
         auto last_values = [&] {
@@ -346,7 +388,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float const total = softmax.row_sum[h];
-                inverse[0][h] = total == 0.f ? 0.f : 1.f / total;
+                inverse[0][h] = total == 0.f ? 0.f : (cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f) / total;
             }
             scale_rows(o, inverse);
 #pragma unroll
@@ -370,6 +412,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 
         if (!any) {
             softmax.init();
+            if constexpr (cfg.score.sinks) softmax.add_sink(sink_log2, lane);
             release(q_empty + 8 * tile.stage());
             tile = tile + 1;
             pending = false;
@@ -390,6 +433,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         }
         softmax = fresh;
         auto to_operand = [&] {
+            drop(s, n);
 #pragma unroll
             for (int k = 0; k < kStepsPV; ++k) acc_to_a(p[k], s[0], k);
         };
@@ -412,8 +456,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             warpgroup_pin(s[0]);
             release_k(ring);
             mask(s, n);
-            if (softmax.unseen) softmax.settle(s[0], params.scale_log2);
-            softmax.weigh(s[0], sum, params.scale_log2);
+            if (softmax.unseen) softmax.settle(s[0], scale_log2);
+            softmax.weigh(s[0], sum, scale_log2);
             bool const accepted = softmax.accept(sum);
             if (must_wait(ready, sum)) {
                 await_v(ring);
@@ -433,8 +477,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
                     params.k.at(at.batch, at.head / (shape.group_size / order.pack), 0), params.k.row_stride,
                     n * cfg.block_n, shape.seqlen_k, shape.head_dim, lane);
                 mask(s, n);
-                softmax.raise(s[0], alpha[0], params.scale_log2);
-                softmax.weigh(s[0], sum, params.scale_log2);
+                softmax.raise(s[0], alpha[0], scale_log2);
+                softmax.weigh(s[0], sum, scale_log2);
                 softmax.add(sum);
                 scale_rows(o, alpha);
             }

@@ -49,6 +49,7 @@ struct ForwardWgmmaConfig {
     int num_stages;  // key/value tiles in flight
     int q_stages;    // query tiles in flight; with two, the first scores of a tile run beside the end of the one before
     bool ping_pong;  // warpgroups take turns: products of one beside the softmax of the other
+    ScoreConfig score;
 
     constexpr int consumers() const { return block_m / 64; }
     constexpr int threads() const { return 128 * (consumers() + 1); }

@@ -51,6 +51,7 @@ struct ScoreParams {
     i32 dropped;       // how many of the draws of 16 bits drop a weight
     i32 first_batch;   // number of the first batch entry, as the generator counts
     i32 q_offset;      // where query 0 stands among the keys
+    i32 first_key;     // number of the first key, as the generator counts: a multiple of 16
 };
 
 struct ForwardParams {
@@ -79,6 +80,8 @@ struct ForwardWgmmaParams {
     Shape shape;
     float scale_log2;  // scale * log2(e) with its sign, never 0: see softmax.cuh
     TileOrder order;
+    double scale;
+    ScoreParams score;
 };
 
 struct BackwardParams {

@@ -63,6 +63,7 @@ CUFLASH_DEVICE TransposedDraws transposed_draws(u64 seed, int batch, int head, i
 // One weight alone, at several times the cost.
 CUFLASH_DEVICE bool is_kept(ScoreParams const& params, bool has_dropout, int batch, int head, int q_idx, int k_idx) {
     if (!has_dropout) return true;
+    k_idx += params.first_key;
     int const row = q_idx % 16, col = k_idx % 16;
     DropoutDraws const draws = dropout_draws(params.seed, params.first_batch + batch, head, q_idx / 16, k_idx / 16,
                                              row % 8 * 4 + col % 8 / 2);

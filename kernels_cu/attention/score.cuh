@@ -10,9 +10,11 @@
 
 CUFLASH_DEVICE double tanh_acc(double x) { return tanh(x); }
 CUFLASH_DEVICE float tanh_acc(float x) { return tanhf(x); }
+// With an error of 2^-23 of 1, not of x.
+CUFLASH_DEVICE float tanh_of_1(float x) { return 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(x * (2.f * kLog2E))); }
 
-// The scores of one query head.
-template <ScoreConfig cfg, class Acc>
+// The scores of one query head. `kIs16Bit`: made of 16-bit operands, so that they need not be exact to the last bit.
+template <ScoreConfig cfg, class Acc, bool kIs16Bit = false>
 struct HeadScores {
     ScoreParams const& params;
     char const* bias;
@@ -34,7 +36,12 @@ struct HeadScores {
         derivative = 1;
         if constexpr (cfg.softcap) {
             Acc const softcap = static_cast<Acc>(params.softcap);
-            Acc const x = tanh_acc(s / softcap);
+            Acc x;
+            if constexpr (kIs16Bit) {
+                x = tanh_of_1(s / softcap);
+            } else {
+                x = tanh_acc(s / softcap);
+            }
             s = softcap * x;
             derivative = 1 - x * x;
         }

@@ -126,6 +126,17 @@ struct EagerSoftmax {
         unseen = __any_sync(0xffffffffu, none);
     }
 
+    // One more key, of this score and value 0; before any other has been added.
+    CUFLASH_DEVICE void add_sink(float score_log2, int lane) {
+        if (score_log2 == -infinity()) return;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            shift[h] = shift[h] == infinity() ? score_log2 : fmaxf(shift[h], score_log2);
+            row_sum[h] = lane % 4 == 0 ? exp2_approx(score_log2 - shift[h]) : 0.f;
+        }
+        unseen = false;
+    }
+
     // Moves the shift up to the maximum; alpha is what sums so far have to be multiplied by.
     template <int kN>
     CUFLASH_DEVICE void raise(float const (&s)[kN][4], float (&alpha)[2], float scale_log2) {

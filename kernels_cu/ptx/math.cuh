@@ -20,6 +20,13 @@ CUFLASH_DEVICE float log2_approx(float x) {
     return y;
 }
 
+// 1 / x, relative error of 2^-23; that of infinity is 0.
+CUFLASH_DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two float32 rounded to nearest into one register; `low` goes to the lower half.
 CUFLASH_DEVICE u32 pack_f16(float low, float high) {
 #if __CUDA_ARCH__ >= 800

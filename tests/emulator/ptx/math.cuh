@@ -7,6 +7,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 CUFLASH_DEVICE float infinity() { return __int_as_float(0x7f800000); }
 CUFLASH_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 CUFLASH_DEVICE float log2_approx(float x) { return std::log2(x); }
+CUFLASH_DEVICE float reciprocal_approx(float x) { return 1.f / x; }
 
 CUFLASH_DEVICE u32 pack_f16(float low, float high) { return emulator::to_f16(low) | u32{emulator::to_f16(high)} << 16; }
 CUFLASH_DEVICE u32 pack_bf16(float low, float high) {
