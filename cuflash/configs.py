@@ -306,6 +306,7 @@ class BackwardWgmmaConfig(TileConfig):
     overlap: bool = False
     deterministic: bool = False
     min_blocks: int = 1
+    score: ScoreConfig = ScoreConfig()
 
     header: ClassVar[str] = "backward_wgmma.cuh"
     function: ClassVar[str] = "backward_wgmma"
@@ -342,7 +343,8 @@ class BackwardWgmmaConfig(TileConfig):
     def smem_bytes(self) -> int:
         columns, columns_v = (ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
         elems = (self.kv_stages * self.block_n + self.num_stages * self.block_m) * (columns + columns_v)
-        elems += (3 if self.by_role else 2) * self.block_m * self.block_n  # dS twice, and P where others need it
+        # dS twice, and P where others need it, with the derivative of the scores if there is one.
+        elems += (2 + (1 + self.score.softcap) * self.by_role) * self.block_m * self.block_n
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
         barriers = 5 + 3 * self.kv_stages + 3 * self.num_stages
         return 2 * elems + stats + 32 * self.num_stages + 96 * self.kv_stages + 16 + 8 * barriers
@@ -350,7 +352,12 @@ class BackwardWgmmaConfig(TileConfig):
     @property
     def name(self) -> str:
         stages = f"kv{self.kv_stages}_s{self.num_stages}{'_overlap' if self.overlap else ''}"
-        return f"{self.tile_name}_{stages}_{self.copy}{'_deterministic' if self.deterministic else ''}"
+        return f"{self.tile_name}_{stages}_{self.copy}{'_deterministic' if self.deterministic else ''}{self.score.name}"
+
+    @property
+    def slope_sums(self) -> int:
+        """How many sums a tile of keys leaves of the gradient of ALiBi's slope of a head."""
+        return 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -821,6 +828,15 @@ _BACKWARD_WGMMA: dict[tuple[int, int], tuple[tuple[int, int, int, int, bool], ..
     (192, 192): ((64, 64, 1, 2, False),),
     (256, 256): ((48, 64, 1, 2, False),),
 }
+# The same, by role, where scores or weights are changed: only then there are registers for it.
+_BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int, bool]] = {
+    (64, 64): (64, 64, 1, 2, False),
+    (96, 96): (64, 64, 1, 2, False),
+    (128, 128): (64, 64, 1, 2, False),
+    (192, 128): (64, 64, 1, 3, False),
+    (192, 192): (64, 64, 1, 2, False),
+    (256, 256): (48, 64, 1, 2, False),
+}
 #: The widest head_dim that gains from `overlap` where d_q is summed in a fixed order, too.
 _OVERLAP_IN_ORDER = 64
 
@@ -834,6 +850,14 @@ def backward_wgmma_configs(
         BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *row[:4], row[4] and gains, deterministic)
         for row in _BACKWARD_WGMMA[head_dim, head_dim_v]
     )
+
+
+def backward_wgmma_scores_config(
+    mma: str, head_dim: int, head_dim_v: int, deterministic: bool, score: ScoreConfig
+) -> BackwardWgmmaConfig:
+    """The configuration for a call that changes scores or weights; `head_dim`s are padded ones."""
+    dims = max((head_dim, head_dim_v), (64, 64))
+    return BackwardWgmmaConfig(mma, "tma", *dims, *_BACKWARD_WGMMA_SCORES[dims], deterministic, score=score)
 
 
 def backward_companions(

@@ -287,7 +287,9 @@ class BackwardCall:
         #: Sums that a head leaves of the gradient by its ALiBi slope, and by its sink.
         self.num_slope_sums = self.num_sink_sums = 0
         if problem.features.alibi_slopes is not None:
-            assert isinstance(main, configs.BackwardMmaConfig | configs.BackwardSimtConfig)
+            assert isinstance(
+                main, configs.BackwardMmaConfig | configs.BackwardWgmmaConfig | configs.BackwardSimtConfig
+            )
             self.num_slope_sums = -(-problem.seqlen_k // main.block_n) * main.slope_sums
         if problem.features.sinks is not None:
             self.num_sink_sums = self.plans[-1].config.num_warps

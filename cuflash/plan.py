@@ -169,7 +169,9 @@ def _backward_tail(problem: Problem, config: configs.BackwardWgmmaConfig, num_ti
     part_steps = max(ceil_div(left * tile_steps, num_sms), _PART_STEPS)
     is_worth_it = part_steps + _PART_COST < 0.9 * tile_steps and left * tile_steps < 1 << 28
     # Tiles that differ even out by themselves; parts of a tile would wait for each other in a fixed order.
-    if left == 0 or not problem.band.is_open or config.deterministic or not is_worth_it:
+    # And a part leaves no sums for slopes.
+    has_slopes = config.score.alibi
+    if left == 0 or not problem.band.is_open or config.deterministic or has_slopes or not is_worth_it:
         return TileParts(num_tiles)
     return TileParts(num_tiles - left, tile_steps, left * tile_steps, part_steps)
 
@@ -345,14 +347,17 @@ def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") ->
     p = problem
     score = configs.ScoreConfig.of(p.features)
     has_wgmma = configs.has_wgmma(mma, device.arch)
-    if has_wgmma and p.mappable and p.vectorized and family != "mma" and score == configs.ScoreConfig():
+    if has_wgmma and p.mappable and p.vectorized and family != "mma":
+        if score != configs.ScoreConfig():
+            main = configs.backward_wgmma_scores_config(mma, head_dim, head_dim_v, p.deterministic, score)
+            return plans_around(main, p, device)
         rows = configs.backward_wgmma_configs(mma, head_dim, head_dim_v, p.deterministic)
         is_short = ceil_div(p.seqlen_q, rows[0].block_m) * p.group_size <= _FEW_STEPS
         return plans_around(rows[-1 if is_short else 0], p, device)
     if family == "wgmma":
         raise _no_wgmma(p, device, has_wgmma)
-    main = configs.backward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, p.deterministic)
-    return plans_around(replace(main, score=score), p, device)
+    portable = configs.backward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, p.deterministic)
+    return plans_around(replace(portable, score=score), p, device)
 
 
 def _plan_backward_simt(problem: Problem) -> tuple[Plan, ...]:

@@ -31,6 +31,8 @@
 #include "attention/backward_steps.cuh"
 #include "attention/epilogue.cuh"
 #include "attention/mask.cuh"
+#include "attention/philox.cuh"
+#include "attention/score.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/stmatrix.cuh"
@@ -126,9 +128,110 @@ struct BackwardConsumer {
         }
     };
 
+    // ---- what is done to scores, by role ----
+    using Changes = HeadScores<cfg.score, float, true>;
+    CUFLASH_DEVICE Changes changes() const { return Changes(steps.params.score, work().batch(), steps.head(at)); }
+    // Scores in units of log2, and the derivative by what they were.
+    CUFLASH_DEVICE void change(Scores& s, Weights& slope) const {
+        Changes const change = changes();
+        float const scale = static_cast<float>(steps.params.scale);
+        int const q_first = steps.q_begin(at);
+        int const k_first = steps.k_begin(at) + 16 * warp;
+        int const q_end = steps.params.shape.seqlen_q - 1, k_end = steps.params.shape.seqlen_k - 1;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            float derivative[2][4];
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float& x = s[0][2 * k + n][i];
+                    x = change(x * scale, min(q_first + 16 * k + 8 * n + acc_col(lane, i), q_end),
+                               min(k_first + acc_row(lane, i), k_end), derivative[n][i]);
+                }
+            if constexpr (cfg.score.softcap) acc_to_a(slope[k], derivative, 0);
+        }
+    }
+    // The sign says which weights are dropped.
+    CUFLASH_DEVICE void mark_dropped(Weights& p) const {
+        ScoreParams const& score = steps.params.score;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            TransposedDraws const draws =
+                transposed_draws(score.seed, score.first_batch + work().batch(), steps.head(at),
+                                 steps.q_begin(at) / 16 + k, (score.first_key + steps.k_begin(at)) / 16 + warp, lane);
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (draws.of(n, i) < static_cast<u32>(score.dropped)) p[k].x[2 * n + i / 2] |= 0x8000u << (16 * (i % 2));
+        }
+    }
+    // Those become 0.
+    CUFLASH_DEVICE static void drop(Weights& p) {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (p[k].x[i] & 0x8000u) p[k].x[i] &= 0xffff0000u;
+                if (p[k].x[i] & 0x80000000u) p[k].x[i] &= 0xffffu;
+            }
+    }
+    // dS of marked weights, for what was done to the scores; its sums over pairs, and then the derivative.
+    CUFLASH_DEVICE void to_changed_d_scores(Weights& ds, Scores& dp, Weights const& p, Weights const& slope,
+                                            Numbers const& deltas, float& slope_sum) const {
+        BackwardWgmmaParams const& params = steps.params;
+        float const kept_scale = static_cast<float>(params.score.kept_scale);
+        int const head = steps.head(at), batch = work().batch();
+        int const q_first = steps.q_begin(at), k_first = steps.k_begin(at) + 16 * warp;
+        char* const d_bias = params.d_bias.pointer == nullptr ? nullptr : params.d_bias.at(batch, head);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                float2 const delta = deltas(2 * k + n);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    u32 const word = p[k].x[2 * n + j / 2];
+                    float weight = j % 2 == 0 ? unpack_low<kMma>(word) : unpack_high<kMma>(word);
+                    float& x = dp[0][2 * k + n][j];
+                    if constexpr (cfg.score.dropout) {
+                        x = __float_as_uint(weight) >> 31 ? 0.f : x * kept_scale;
+                        weight = fabsf(weight);
+                    }
+                    x = weight * (x - (j % 2 == 0 ? delta.x : delta.y));
+                    if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
+                        int const q_idx = q_first + 16 * k + 8 * n + acc_col(lane, j), k_idx = k_first + acc_row(lane, j);
+                        // Where P is 0, hidden or past the ends, there is nothing to add.
+                        if (d_bias != nullptr && x != 0.f)
+                            reduce_add<1>(reinterpret_cast<float*>(d_bias + q_idx * params.d_bias.query_stride +
+                                                                   k_idx * params.d_bias.key_stride), &x);
+                        if constexpr (cfg.score.alibi) slope_sum -= x * Changes::distance(params.score, q_idx, k_idx);
+                    }
+                    if constexpr (cfg.score.softcap) {
+                        u32 const factor = slope[k].x[2 * n + j / 2];
+                        x *= j % 2 == 0 ? unpack_low<kMma>(factor) : unpack_high<kMma>(factor);
+                    }
+                }
+            }
+            acc_to_a(ds[k], dp[0], k);
+        }
+    }
+    // The last step of a head: this warp's sum for its slope, for somebody to add up in a fixed order.
+    CUFLASH_DEVICE void leave_slope_sum(float& sum, int head) const {
+        if (steps.params.slope_sums == nullptr) return;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        i64 const index =
+            ((static_cast<i64>(work().batch()) * steps.params.shape.num_heads + head) * steps.params.order.num_blocks +
+             work().k_begin() / cfg.block_n) * 4 + warp;
+        if (lane == 0) reinterpret_cast<float*>(steps.params.slope_sums)[index] = sum;
+        sum = 0.f;
+    }
+
     // ---- weights; `row` is the first of this warp's keys in the tile ----
     CUFLASH_DEVICE void to_weights(Weights& p, Scores& s, Numbers const& lse_log2, int row) const {
-        float const scale_log2 = steps.params.scale_log2;
+        float const scale_log2 = cfg.score.changes() ? 1.f : steps.params.scale_log2;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
             float2 const lse = lse_log2(n);
@@ -206,6 +309,13 @@ struct BackwardConsumer {
         }
     }
     CUFLASH_DEVICE void store_dv(float (&dv)[cfg.head_dim_v / 8][4], int row) const {
+        if constexpr (cfg.score.dropout) {
+            float const kept_scale = static_cast<float>(steps.params.score.kept_scale);
+#pragma unroll
+            for (int n = 0; n < cfg.head_dim_v / 8; ++n)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) dv[n][j] *= kept_scale;
+        }
         store_rows(steps.params.d_v, dv, row, steps.params.shape.head_dim_v);
     }
     CUFLASH_DEVICE void store_dk(float (&dk)[cfg.head_dim / 8][4], int row) const {
@@ -385,6 +495,22 @@ struct BackwardConsumer {
     // P on its way to the same lanes of the other warpgroup. The next one follows when dS of this one is there.
     static constexpr int kPBarrier = 1;
     CUFLASH_DEVICE u32 p_place(int k) const { return steps.p() + ((warp * kSteps + k) * 32 + lane) * 16; }
+    static constexpr u32 kSlopes = cfg.block_n * cfg.block_m * 2;  // derivatives lie so far behind it
+    CUFLASH_DEVICE void hand_over(Weights const& words, u32 offset) const {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+            st_shared_v4(p_place(k) + offset, uint4{words[k].x[0], words[k].x[1], words[k].x[2], words[k].x[3]});
+    }
+    CUFLASH_DEVICE void take_over(Weights& words, u32 offset) const {
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            uint4 const x = ld_shared_v4(p_place(k) + offset);
+            words[k].x[0] = x.x;
+            words[k].x[1] = x.y;
+            words[k].x[2] = x.z;
+            words[k].x[3] = x.w;
+        }
+    }
 
     CUFLASH_DEVICE void values() {
         constexpr int kMine = (kShares + 1) / 2;
@@ -400,15 +526,18 @@ struct BackwardConsumer {
             issue_dq(dq, at + -1, 0);
             warpgroup_wait<1>();
             warpgroup_pin(s[0]);
-            Weights p;
+            Weights p, slope;
             Numbers lse;
             lse.fetch(steps.lse(at), lane);
+            if constexpr (cfg.score.changes()) change(s, slope);
             to_weights(p, s, lse, 16 * warp);
+            if constexpr (cfg.score.dropout) mark_dropped(p);
             // Whoever has stored dS of the last step has read the P that was here. And dQ of two steps ago is done, so that
             // dS of this step may take its place.
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) st_shared_v4(p_place(k), uint4{p[k].x[0], p[k].x[1], p[k].x[2], p[k].x[3]});
+            hand_over(p, 0);
+            if constexpr (cfg.score.softcap) hand_over(slope, kSlopes);
             barrier_arrive(kPBarrier, 256);
+            if constexpr (cfg.score.dropout) drop(p);
             steps.await_d_out(at);
             issue_sum<TileDO>(dv[0], p, steps.d_out(at));
             finish_dq<0, kMine>(dq, at + -1, first);
@@ -432,6 +561,7 @@ struct BackwardConsumer {
     CUFLASH_DEVICE void keys() {
         constexpr int kOthers = (kShares + 1) / 2;
         float dk[1][cfg.head_dim / 8][4];
+        float slope_sum = 0.f;  // of the gradient by the slope of the head
         auto step = [&] {
             Scores dp;
             steps.await_d_out(at);
@@ -440,27 +570,37 @@ struct BackwardConsumer {
             bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
             if (!first) steps.await_ds(at + -1);
             float dq[kNDQ][4];
-            issue_dq(dq, at + -1, kOthers);
-            warpgroup_wait<1>();
-            warpgroup_pin(dp[0]);
-            Weights p, ds;
-            barrier_sync(kPBarrier, 256);
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k) {
-                uint4 const words = ld_shared_v4(p_place(k));
-                p[k].x[0] = words.x;
-                p[k].x[1] = words.y;
-                p[k].x[2] = words.z;
-                p[k].x[3] = words.w;
+            if constexpr (kOthers < kShares) {
+                issue_dq(dq, at + -1, kOthers);
+                warpgroup_wait<1>();
+            } else {
+                warpgroup_wait<0>();
             }
+            warpgroup_pin(dp[0]);
+            Weights p, slope, ds;
+            barrier_sync(kPBarrier, 256);
+            take_over(p, 0);
+            if constexpr (cfg.score.softcap) take_over(slope, kSlopes);
             Numbers delta;
             delta.fetch(steps.delta(at), lane);
-            to_d_scores(ds, dp, p, delta);
+            if constexpr (cfg.score.any()) {
+                to_changed_d_scores(ds, dp, p, slope, delta, slope_sum);
+            } else {
+                to_d_scores(ds, dp, p, delta);
+            }
             store_ds(ds, 16 * warp);
             publish_ds();
             steps.await_q(at);
             issue_sum<TileQ>(dk[0], ds, steps.q(at));
-            finish_dq<kOthers, kShares>(dq, at + -1, first);
+            if constexpr (kOthers < kShares) {
+                finish_dq<kOthers, kShares>(dq, at + -1, first);
+            } else {
+                warpgroup_wait<0>();
+            }
+            if constexpr (cfg.score.alibi) {
+                int const m_block = static_cast<int>(flags >> Steps::kNumFlags);
+                if (last || m_block + 1 == work().last()) leave_slope_sum(slope_sum, steps.head(at));
+            }
             release(steps.empty(at));
             at = at + 1;
             return !last;
@@ -496,7 +636,7 @@ CUFLASH_DEVICE void backward_wgmma(BackwardWgmmaParams const& params, u32 smem) 
     static_assert(cfg.head_dim % 32 == 0 && cfg.head_dim_v % 32 == 0, "head dims are padded before");
     static_assert(cfg.by_role() || !cfg.dq_transposed() || cfg.dq_warps() == 4 * cfg.consumers(),
                   "warpgroups share dQ by 64 rows or by 64 columns");
-    static_assert(!cfg.by_role() || cfg.head_dim > 64, "each warpgroup has a share of dQ");
+    static_assert(cfg.by_role() || !cfg.score.any(), "registers for what is done to scores are there by role only");
     static_assert(cfg.num_stages >= 2, "one step is computed while the next one arrives");
     BackwardSteps<cfg> const steps{params, smem};
     int const warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for all lanes, and known to be

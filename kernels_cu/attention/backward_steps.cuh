@@ -26,7 +26,8 @@ struct BackwardWgmmaTiles {
     using Q = SmemTile<cfg.block_m, kCols, 2>;
     using dO = SmemTile<cfg.block_m, kColsV, 2>;
     using dS = SmemTile<cfg.block_m, cfg.block_n, 2>;  // [query][key]
-    static constexpr int kPBytes = cfg.by_role() ? cfg.block_n * cfg.block_m * 2 : 0;
+    // P, and behind it the derivative of what was done to the scores, where there is one.
+    static constexpr int kPBytes = cfg.by_role() ? cfg.block_n * cfg.block_m * (cfg.score.softcap ? 4 : 2) : 0;
     static constexpr int kStatBytes = (cfg.block_m * 4 + 127) / 128 * 128;
     static constexpr int kV = cfg.kv_stages * K::kBytes;
     static constexpr int kQ = kV + cfg.kv_stages * V::kBytes;
@@ -103,13 +104,14 @@ struct BackwardSteps {
     CUFLASH_DEVICE void await_d_out(Position at) const { mbarrier_wait(d_out_full(at), at.parity()); }
     CUFLASH_DEVICE void await_ds(Position at) const { mbarrier_wait(ds_full(at), at.count / 2 & 1); }
 
-    // ---- notes: flags and, above them, which tile of queries; first key; tile of the workspace ----
+    // ---- notes: flags and, above them, which tile of queries; first key; tile of the workspace; query head ----
     static constexpr u32 kMasked = 1, kFirst = 2, kLast = 4, kNumFlags = 3;
     CUFLASH_DEVICE u32 note(Position at) const { return smem + Tiles::kNotes + 16 * (at.count % (2 * cfg.num_stages)); }
     CUFLASH_DEVICE u32 flags(Position at) const { return ld_shared(note(at)); }
     CUFLASH_DEVICE bool is_masked(Position at) const { return flags(at) & kMasked; }
     CUFLASH_DEVICE int q_begin(Position at) const { return (ld_shared(note(at)) >> kNumFlags) * cfg.block_m; }
     CUFLASH_DEVICE int k_begin(Position at) const { return ld_shared(note(at) + 4); }
+    CUFLASH_DEVICE int head(Position at) const { return ld_shared(note(at) + 12); }
 
     // ---- work: a tile of keys; twice as many as there are places for keys, as results are stored when those are free ----
     // The producer's registers are few, and it looks up here what it needs, too.
@@ -225,7 +227,8 @@ struct BackwardSteps {
                                   (steps_left == 1 ? kLast : 0);
                 mbarrier_wait(empty(at), ~at.parity() & 1);
                 st_shared_v4(note(at), uint4{flags | static_cast<u32>(m_block) << kNumFlags,
-                                             static_cast<u32>(k_begin), static_cast<u32>(dq_tile), 0});
+                                             static_cast<u32>(k_begin), static_cast<u32>(dq_tile),
+                                             static_cast<u32>(head)});
                 mbarrier_arrive_expect(q_full(at), Tiles::Q::kBytes + cfg.block_m * 4);
                 load<typename Tiles::Q>(q(at), params.q_map, q_full(at), row, head, batch);
                 bulk_load(lse(at), params.lse_log2 + stats, cfg.block_m * 4, q_full(at));

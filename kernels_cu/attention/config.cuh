@@ -22,6 +22,7 @@ struct ScoreConfig {
 
     // Whether scores change before the softmax.
     constexpr bool changes() const { return softcap || mask || bias != Bias::kNone || alibi; }
+    constexpr bool any() const { return changes() || dropout; }  // between q.k and P V; sinks are elsewhere
 };
 
 struct ForwardMmaConfig {
@@ -83,6 +84,7 @@ struct BackwardWgmmaConfig {
     int num_stages;      // query tiles in flight
     bool overlap;        // S of a step runs beside dK of the one before
     bool deterministic;  // d_q is summed in a fixed order
+    ScoreConfig score;   // by role only
 
     // Two warpgroups share the work on 64 keys by what they compute; on more, each has 64 keys of its own.
     constexpr bool by_role() const { return block_n == 64; }

@@ -59,7 +59,8 @@ struct HeadScores {
         }
         return s;
     }
-    CUFLASH_DEVICE Acc distance(int q_idx, int k_idx) const {
+    CUFLASH_DEVICE Acc distance(int q_idx, int k_idx) const { return distance(params, q_idx, k_idx); }
+    CUFLASH_DEVICE static Acc distance(ScoreParams const& params, int q_idx, int k_idx) {
         int const x = q_idx + params.q_offset - k_idx;
         return static_cast<Acc>(x < 0 ? -x : x);
     }
