@@ -89,6 +89,13 @@ class _Base(NamedTuple):
     #: Its natural logarithm.
     ln: float
 
+    def smallest_exponent(self, dtype: np.dtype) -> float:
+        """Exponent of weights that make no difference any more, but whose products are still normal numbers.
+
+        Subnormal numbers make powers and products many times slower.
+        """
+        return (float(np.finfo(dtype).minexp) + 26) * _TWO.ln / self.ln
+
 
 #: Powers of two are the fastest; the logarithm of e becomes part of the scale.
 _TWO = _Base(np.exp2, np.log2, math.log(2.0))
@@ -412,7 +419,7 @@ class _ForwardTile:
         """Sum over all keys with weights ``base ** (score - largest score so far)``."""
         dtype = self.acc.dtype
         exp = self.base.exp
-        smallest = _smallest_exponent(dtype) * self.base.ln / _TWO.ln
+        smallest = self.base.smallest_exponent(dtype)
         self.acc.fill(0)
         self.row_sum.fill(0)
         self.row_max.fill(-np.inf)
@@ -561,7 +568,7 @@ class _BackwardPart:
         self.keys_t[1, :, :head_dim_v, :num_keys] = v.swapaxes(1, 2)
         self.sums.fill(0)
         exp = self.base.exp
-        smallest = _smallest_exponent(self.k.dtype) * self.base.ln / _TWO.ln
+        smallest = self.base.smallest_exponent(self.k.dtype)
         min_exponent = self.min_lse - self.q_norm * _largest_norm(self.k[:, :num_keys])
         v_norm = _largest_norm(self.keys_t[1, :, :, :num_keys].swapaxes(1, 2))
         # Where nothing can be infinite or not a number, a hidden weight of 0 is enough to make all of its products 0.
@@ -1023,14 +1030,6 @@ class _WeightedSum:
         np.matmul(self.weights, rows.reshape(self.rows_shape), out=self.products)
         for summand in self.summands:
             total += summand
-
-
-def _smallest_exponent(dtype: np.dtype) -> float:
-    """Exponent of weights that make no difference any more, but whose products are still normal numbers.
-
-    Subnormal numbers make ``exp2`` and products many times slower.
-    """
-    return float(np.finfo(dtype).minexp) + 26
 
 
 def _largest_norm(x: Array) -> float:
