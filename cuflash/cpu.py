@@ -644,6 +644,7 @@ class _Scores:
         """Take the options from ``_grouped_score``, and the order of (heads_kv, member, query, key) in tiles."""
         b, *where = place
         self.options, self.place, self.group, self.axes, self.dtype = options, place, group, axes, dtype
+        self.is_forward = axes == FORWARD_AXES
         self.group_here = place.members.stop - place.members.start
         self.bias, self.mask, self.slopes = (
             None if x is None else _piece(x, slice(b, b + 1), *where)[0]
@@ -678,7 +679,8 @@ class _Scores:
             for reason in reasons:
                 every |= self.laid_out(reason)
             is_empty = bool(every.all())
-            hidden = every.reshape(len(every), *((-1, shape[3]) if self.axes[3] == 3 else (shape[1], -1)))
+            rows = sizes[1] * sizes[2]
+            hidden = every.reshape(sizes[0], *((sizes[3], rows) if self.is_forward else (rows, sizes[3])))
         if is_empty:
             if self.d_bias is not None:
                 self.d_bias.add(where, None)
@@ -688,7 +690,7 @@ class _Scores:
     def laid_out(self, x: Array) -> Array:
         """An array (heads_kv, members, queries, keys), or 1 instead of any of these, in the order of the tile."""
         x_t = x.transpose(self.axes)
-        if self.axes == BACKWARD_AXES or 1 in x.shape[2:]:
+        if not self.is_forward or 1 in x.shape[2:]:
             return x_t
         # A copy strip by strip: what is read across the memory's rows stays in the cache meanwhile.
         result = np.empty(x_t.shape, x.dtype)
@@ -729,7 +731,6 @@ class _ScoreTile:
         self.scores, self.where, self.shape, self.bias = scores, where, shape, bias
         #: Pairs that nobody sees, with or without an axis of heads in front.
         self.hidden = hidden
-        self.visible = None if hidden is None else ~hidden
         self.softcap = scores.options.softcap
         self.slopes = self.distances = None
         self.tanh: Array | None = None
@@ -745,7 +746,8 @@ class _ScoreTile:
         if self.softcap is not None:
             scores /= self.softcap
             np.tanh(scores, out=scores)
-            self.tanh = scores.copy()
+            if not self.scores.is_forward:
+                self.tanh = scores.copy()
             scores *= self.softcap
         if self.bias is not None:
             scores += self.scores.laid_out(self.bias)
@@ -755,19 +757,18 @@ class _ScoreTile:
 
     def hide(self, scores: Array) -> None:
         """Make the scores of hidden pairs -inf, whatever they are."""
-        if self.visible is not None:
+        if self.hidden is not None:
             # Several times as fast as copyto(where=), which jumps at every pair. What is not a number and visible
             # becomes infinite, which is as good: its row will be no number.
-            ceiling = np.subtract(self.visible, 0.5, dtype=scores.dtype)
+            ceiling = np.subtract(0.5, self.hidden, dtype=scores.dtype)
             ceiling *= np.inf
             scores = scores.reshape(-1, *ceiling.shape[-2:])
             np.fmin(scores, ceiling, out=scores)
 
     def clear(self, weights: Array) -> None:
-        """Make the weights of hidden pairs 0, which are finite since ``hide``."""
-        if self.visible is not None:
-            weights = weights.reshape(-1, *self.visible.shape[-2:])
-            weights *= self.visible
+        """Make weights of the smallest exponent, which those of hidden pairs are since ``hide``, 0."""
+        smallest = _E.smallest_exponent(weights.dtype)
+        weights *= weights > math.exp(smallest) * 2
 
     def drop(self, weights: Array) -> None:
         """Make zeros of what dropout drops."""
@@ -1018,7 +1019,10 @@ class _WeightedSum:
         self.summands = list(np.moveaxis(self.products.reshape(*outer, parts, cuts * m, dim), -3, 0))
 
     def __call__(self, rows: Array, total: Array, hidden: Array | None) -> None:
-        """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan)."""
+        """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan).
+
+        ``hidden`` is (rows, rows of total), with or without axes in front.
+        """
         if hidden is not None and not (finite := np.isfinite(rows).all(axis=-1)).all():
             n = self.weights.shape[-1]
             hidden = np.broadcast_to(hidden, (*rows.shape[:-1], hidden.shape[-1]))

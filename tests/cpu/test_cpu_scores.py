@@ -1,6 +1,7 @@
 """What the NumPy path does to scores and weights beyond the band, against the float64 reference."""
 
 import itertools
+import tracemalloc
 from typing import NamedTuple
 
 import numpy as np
@@ -368,6 +369,47 @@ def test_a_dropped_weight_counts_in_the_sum():
 
 
 # --------------------------------------------------------------------------------------------- what it costs
+
+
+def test_a_failure_leaves_nobody_waiting_for_a_turn(monkeypatch):
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "3")
+    problem = make_problem((4, 2, 2, 300, 2100, 8, 8), score=Score(bias=np.ones((1, 1, 300, 2100), np.float32)))
+    out, lse = forward(problem)
+    change_back = cpu._ScoreTile.change_back
+
+    def failing(tile, d_scores):
+        if tile.scores.place.b == 1:
+            raise ZeroDivisionError
+        change_back(tile, d_scores)
+
+    monkeypatch.setattr(cpu._ScoreTile, "change_back", failing)
+    with pytest.raises(ZeroDivisionError):
+        backward(problem, out, lse)
+
+
+@pytest.mark.parametrize("name", ["plain bias", "alibi", "sinks", "dropout", "mask", "softcap"])
+def test_memory_is_linear_in_the_lengths(name, monkeypatch):
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
+
+    def peak(seqlen):
+        bias = np.zeros((1, 1, seqlen, seqlen), np.float32)
+        options = {
+            "plain bias": {"bias": bias},
+            "alibi": {"alibi_slopes": np.ones((1, 2), np.float32)},
+            "sinks": {"sinks": np.ones(2, np.float32)},
+            "dropout": {"dropout_p": 0.5},
+            "mask": {"mask": bias == 0},
+            "softcap": {"softcap": 1.0},
+        }
+        problem = make_problem((1, 2, 1, seqlen, seqlen, 8, 8), score=Score(**options[name]), band=Band(None, 0))
+        tracemalloc.start()
+        results(problem)
+        _, largest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return largest - (bias.nbytes if name == "plain bias" else 0)  # its gradient
+
+    peak(2200)
+    assert peak(4400) - peak(2200) < 2200 * 2200
 
 
 def test_blocks_that_a_mask_hides_are_not_computed(monkeypatch):
