@@ -258,12 +258,12 @@ def backward(
         b, heads, _, queries, part = place
         d_out_part, q_part, out_part, lse_part = (x[b, heads, :, queries] for x in (d_out, q, out, lse))
         d_lse_part = None if d_lse is None else d_lse[b, heads, :, queries]
-        scores = None if score.is_plain else _Scores(options, place, group, BACKWARD_AXES, dtype, d_bias, d_slopes)
         num_keys = part.stop - part.start
         with ExitStack() as shares:
             for one in (d_bias, d_slopes):
                 if one is not None:
                     shares.enter_context(one)
+            scores = None if score.is_plain else _Scores(options, place, group, BACKWARD_AXES, dtype, d_bias, d_slopes)
             scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, num_keys, scores)
             for keys in _slices(num_keys, BACKWARD_N):
                 start = part.start + keys.start
@@ -467,6 +467,7 @@ class _ForwardTile:
         """Take the sinks, (heads_kv, group), for what was summed before the first key."""
         row_max, row_sum = (x.reshape(len(sinks), -1, sinks.shape[1]) for x in (self.row_max, self.row_sum))
         row_max[...] = sinks[:, None]
+        # The power of 0, unless a sink is infinite: -inf is as good as none, of inf nothing is a number.
         row_sum[...] = np.where(sinks == -np.inf, 0, np.exp(sinks - sinks))[:, None]
 
 
@@ -651,6 +652,7 @@ class _Scores:
             for x in (options.bias, options.mask, options.alibi_slopes)
         )
         self.sinks = None if options.sinks is None else options.sinks[place.heads, place.members].astype(dtype)
+        #: What dropout divides the weights that it keeps by.
         self.kept_share = 1 - options.dropout_p
         self.d_bias, self.d_slopes = d_bias, d_slopes
 

@@ -1,6 +1,7 @@
 """What the NumPy path does to scores and weights beyond the band, against the float64 reference."""
 
 import itertools
+import time
 import tracemalloc
 from typing import NamedTuple
 
@@ -236,6 +237,19 @@ def test_gradients_that_tasks_share_are_the_same_bits(sizes, monkeypatch):
             np.testing.assert_array_equal(one, other)
 
 
+def test_tiles_that_are_skipped_take_their_turns(monkeypatch):
+    mask = np.zeros((3, 2, 600, 900), bool)
+    mask[0, :, :100], mask[1, 1, 300:, 700:], mask[2, 0] = True, True, True
+    problem = make_problem((3, 2, 2, 600, 900, 8, 8), score=Score(mask=mask, bias=np.ones((600, 900), np.float32)))
+    problem = problem._replace(score=problem.score._replace(bias=problem.score.bias[None, None]))
+    steps = []
+    end = cpu._Turn.end
+    monkeypatch.setattr(cpu._Turn, "end", lambda turn: (steps.append(turn.steps), end(turn)))
+    check(problem)
+    assert steps == [steps[0]] * 6
+    assert steps[0] > 4
+
+
 # --------------------------------------------------------------------------------------------------- gradients
 
 
@@ -374,12 +388,13 @@ def test_a_dropped_weight_counts_in_the_sum():
 
 def test_a_failure_leaves_nobody_waiting_for_a_turn(monkeypatch):
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "3")
-    problem = make_problem((4, 2, 2, 300, 2100, 8, 8), score=Score(bias=np.ones((1, 1, 300, 2100), np.float32)))
+    problem = make_problem((4, 2, 2, 600, 900, 8, 8), score=Score(bias=np.ones((1, 1, 600, 900), np.float32)))
     out, lse = forward(problem)
     change_back = cpu._ScoreTile.change_back
 
     def failing(tile, d_scores):
         if tile.scores.place.b == 1:
+            time.sleep(0.2)  # until others wait for this task
             raise ZeroDivisionError
         change_back(tile, d_scores)
 
