@@ -89,6 +89,13 @@ class _Base(NamedTuple):
     #: Its natural logarithm.
     ln: float
 
+    def smallest_exponent(self, dtype: np.dtype) -> float:
+        """Exponent of weights that make no difference any more, but whose products are still normal numbers.
+
+        Subnormal numbers make powers and products many times slower.
+        """
+        return (float(np.finfo(dtype).minexp) + 26) * _TWO.ln / self.ln
+
 
 #: Powers of two are the fastest; the logarithm of e becomes part of the scale.
 _TWO = _Base(np.exp2, np.log2, math.log(2.0))
@@ -251,12 +258,12 @@ def backward(
         b, heads, _, queries, part = place
         d_out_part, q_part, out_part, lse_part = (x[b, heads, :, queries] for x in (d_out, q, out, lse))
         d_lse_part = None if d_lse is None else d_lse[b, heads, :, queries]
-        scores = None if score.is_plain else _Scores(options, place, group, BACKWARD_AXES, dtype, d_bias, d_slopes)
         num_keys = part.stop - part.start
         with ExitStack() as shares:
             for one in (d_bias, d_slopes):
                 if one is not None:
                     shares.enter_context(one)
+            scores = None if score.is_plain else _Scores(options, place, group, BACKWARD_AXES, dtype, d_bias, d_slopes)
             scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, num_keys, scores)
             for keys in _slices(num_keys, BACKWARD_N):
                 start = part.start + keys.start
@@ -412,7 +419,7 @@ class _ForwardTile:
         """Sum over all keys with weights ``base ** (score - largest score so far)``."""
         dtype = self.acc.dtype
         exp = self.base.exp
-        smallest = _smallest_exponent(dtype) * self.base.ln / _TWO.ln
+        smallest = self.base.smallest_exponent(dtype)
         self.acc.fill(0)
         self.row_sum.fill(0)
         self.row_max.fill(-np.inf)
@@ -460,6 +467,7 @@ class _ForwardTile:
         """Take the sinks, (heads_kv, group), for what was summed before the first key."""
         row_max, row_sum = (x.reshape(len(sinks), -1, sinks.shape[1]) for x in (self.row_max, self.row_sum))
         row_max[...] = sinks[:, None]
+        # The power of 0, unless a sink is infinite: -inf is as good as none, of inf nothing is a number.
         row_sum[...] = np.where(sinks == -np.inf, 0, np.exp(sinks - sinks))[:, None]
 
 
@@ -561,7 +569,7 @@ class _BackwardPart:
         self.keys_t[1, :, :head_dim_v, :num_keys] = v.swapaxes(1, 2)
         self.sums.fill(0)
         exp = self.base.exp
-        smallest = _smallest_exponent(self.k.dtype) * self.base.ln / _TWO.ln
+        smallest = self.base.smallest_exponent(self.k.dtype)
         min_exponent = self.min_lse - self.q_norm * _largest_norm(self.k[:, :num_keys])
         v_norm = _largest_norm(self.keys_t[1, :, :, :num_keys].swapaxes(1, 2))
         # Where nothing can be infinite or not a number, a hidden weight of 0 is enough to make all of its products 0.
@@ -637,12 +645,14 @@ class _Scores:
         """Take the options from ``_grouped_score``, and the order of (heads_kv, member, query, key) in tiles."""
         b, *where = place
         self.options, self.place, self.group, self.axes, self.dtype = options, place, group, axes, dtype
+        self.is_forward = axes == FORWARD_AXES
         self.group_here = place.members.stop - place.members.start
         self.bias, self.mask, self.slopes = (
             None if x is None else _piece(x, slice(b, b + 1), *where)[0]
             for x in (options.bias, options.mask, options.alibi_slopes)
         )
         self.sinks = None if options.sinks is None else options.sinks[place.heads, place.members].astype(dtype)
+        #: What dropout divides the weights that it keeps by.
         self.kept_share = 1 - options.dropout_p
         self.d_bias, self.d_slopes = d_bias, d_slopes
 
@@ -671,7 +681,8 @@ class _Scores:
             for reason in reasons:
                 every |= self.laid_out(reason)
             is_empty = bool(every.all())
-            hidden = every.reshape(len(every), *((-1, shape[3]) if self.axes[3] == 3 else (shape[1], -1)))
+            rows = sizes[1] * sizes[2]
+            hidden = every.reshape(sizes[0], *((sizes[3], rows) if self.is_forward else (rows, sizes[3])))
         if is_empty:
             if self.d_bias is not None:
                 self.d_bias.add(where, None)
@@ -681,7 +692,7 @@ class _Scores:
     def laid_out(self, x: Array) -> Array:
         """An array (heads_kv, members, queries, keys), or 1 instead of any of these, in the order of the tile."""
         x_t = x.transpose(self.axes)
-        if self.axes == BACKWARD_AXES or 1 in x.shape[2:]:
+        if not self.is_forward or 1 in x.shape[2:]:
             return x_t
         # A copy strip by strip: what is read across the memory's rows stays in the cache meanwhile.
         result = np.empty(x_t.shape, x.dtype)
@@ -722,7 +733,6 @@ class _ScoreTile:
         self.scores, self.where, self.shape, self.bias = scores, where, shape, bias
         #: Pairs that nobody sees, with or without an axis of heads in front.
         self.hidden = hidden
-        self.visible = None if hidden is None else ~hidden
         self.softcap = scores.options.softcap
         self.slopes = self.distances = None
         self.tanh: Array | None = None
@@ -738,7 +748,8 @@ class _ScoreTile:
         if self.softcap is not None:
             scores /= self.softcap
             np.tanh(scores, out=scores)
-            self.tanh = scores.copy()
+            if not self.scores.is_forward:
+                self.tanh = scores.copy()
             scores *= self.softcap
         if self.bias is not None:
             scores += self.scores.laid_out(self.bias)
@@ -748,19 +759,18 @@ class _ScoreTile:
 
     def hide(self, scores: Array) -> None:
         """Make the scores of hidden pairs -inf, whatever they are."""
-        if self.visible is not None:
+        if self.hidden is not None:
             # Several times as fast as copyto(where=), which jumps at every pair. What is not a number and visible
             # becomes infinite, which is as good: its row will be no number.
-            ceiling = np.subtract(self.visible, 0.5, dtype=scores.dtype)
+            ceiling = np.subtract(0.5, self.hidden, dtype=scores.dtype)
             ceiling *= np.inf
             scores = scores.reshape(-1, *ceiling.shape[-2:])
             np.fmin(scores, ceiling, out=scores)
 
     def clear(self, weights: Array) -> None:
-        """Make the weights of hidden pairs 0, which are finite since ``hide``."""
-        if self.visible is not None:
-            weights = weights.reshape(-1, *self.visible.shape[-2:])
-            weights *= self.visible
+        """Make weights of the smallest exponent, which those of hidden pairs are since ``hide``, 0."""
+        smallest = _E.smallest_exponent(weights.dtype)
+        weights *= weights > math.exp(smallest) * 2
 
     def drop(self, weights: Array) -> None:
         """Make zeros of what dropout drops."""
@@ -1011,7 +1021,10 @@ class _WeightedSum:
         self.summands = list(np.moveaxis(self.products.reshape(*outer, parts, cuts * m, dim), -3, 0))
 
     def __call__(self, rows: Array, total: Array, hidden: Array | None) -> None:
-        """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan)."""
+        """Add to ``total``; hidden rows do not count, even if they are not finite (0 * nan is nan).
+
+        ``hidden`` is (rows, rows of total), with or without axes in front.
+        """
         if hidden is not None and not (finite := np.isfinite(rows).all(axis=-1)).all():
             n = self.weights.shape[-1]
             hidden = np.broadcast_to(hidden, (*rows.shape[:-1], hidden.shape[-1]))
@@ -1023,14 +1036,6 @@ class _WeightedSum:
         np.matmul(self.weights, rows.reshape(self.rows_shape), out=self.products)
         for summand in self.summands:
             total += summand
-
-
-def _smallest_exponent(dtype: np.dtype) -> float:
-    """Exponent of weights that make no difference any more, but whose products are still normal numbers.
-
-    Subnormal numbers make ``exp2`` and products many times slower.
-    """
-    return float(np.finfo(dtype).minexp) + 26
 
 
 def _largest_norm(x: Array) -> float:

@@ -161,8 +161,8 @@ def _backward(
             d_slopes = -(d_scores * _distances(score, q, k)).sum((-1, -2))
             d_slopes = rounding(_sum_to(d_slopes, score.alibi_slopes.shape))
         if score.sinks is not None:
-            weights = xp.where(lse == -np.inf, 0, rounding(xp.exp(rounding(score.sinks[:, None] - lse))))
-            d_sinks = rounding(-(weights * delta).sum((0, 2)))
+            weights = rounding(xp.exp(rounding(score.sinks[:, None] - lse)))
+            d_sinks = rounding(-xp.where(lse == -np.inf, 0, weights * delta).sum((0, 2)))
         d_scores = rounding(d_scores * slope)
         d_q = rounding(scale * _weighted_sum(d_scores, keys, visible))
         d_keys = scale * _weighted_sum(d_scores.swapaxes(-1, -2), q, visible.swapaxes(-1, -2))

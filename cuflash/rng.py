@@ -29,18 +29,25 @@ _HALF = np.uint64(32)
 
 def philox(counter: tuple[Array, Array, Array, Array], seed: int, rounds: int = _ROUNDS) -> Array:
     """Four 32-bit words for each 128-bit counter, given as four arrays that broadcast: shape (4, ...), uint32."""
-    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
     key0, key1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    words = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
+    shape = words[0].shape
+    # Copies, which take turns with two more arrays.
+    c0, c1, c2, c3 = (word.flatten() for word in words)
+    product0, product1 = np.empty_like(c0), np.empty_like(c2)
     for _ in range(rounds):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> _HALF) ^ c1 ^ np.uint64(key0),
-            product1 & _WORD,
-            (product0 >> _HALF) ^ c3 ^ np.uint64(key1),
-            product0 & _WORD,
-        )
+        np.multiply(c0, _MULTIPLIERS[0], out=product0)
+        np.multiply(c2, _MULTIPLIERS[1], out=product1)
+        for c, product, other, key in ((c0, product1, c1, key0), (c2, product0, c3, key1)):
+            np.right_shift(product, _HALF, out=c)
+            c ^= other
+            c ^= np.uint64(key)
+            np.bitwise_and(product, _WORD, out=other)
         key0, key1 = (key0 + _WEYL[0]) & 0xFFFFFFFF, (key1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack(np.broadcast_arrays(c0, c1, c2, c3)).astype(np.uint32)
+    result = np.empty((4, c0.size), np.uint32)
+    for word, c in zip(result, (c0, c1, c2, c3), strict=True):
+        word[...] = c
+    return result.reshape(4, *shape)
 
 
 def threshold(dropout_p: float) -> int:
@@ -52,21 +59,23 @@ def keep(seed: int, dropout_p: float, batch: int, heads: slice, queries: slice, 
     """Which weights of some heads are kept, as booleans (heads, queries, keys)."""
     first_q, first_k = queries.start // BLOCK, keys.start // BLOCK
     num_q, num_k = (-(-end // BLOCK) - first for end, first in ((queries.stop, first_q), (keys.stop, first_k)))
-    # Axes: head, block of queries, g, block of keys, t.
-    head = np.arange(heads.start, heads.stop)[:, None, None, None, None]
-    block_q = np.arange(first_q, first_q + num_q)[:, None, None, None]
-    g = np.arange(8)[:, None, None]
-    block_k = np.arange(first_k, first_k + num_k)[:, None]
-    t = np.arange(4)
+    # Axes: head, block of queries, g, and (block of keys, t) in one.
+    head = np.arange(heads.start, heads.stop)[:, None, None, None]
+    block_q = np.arange(first_q, first_q + num_q)[:, None, None]
+    g = np.arange(8)[:, None]
+    block_k = np.repeat(np.arange(first_k, first_k + num_k), 4)
+    t = np.tile(np.arange(4), num_k)
     words = philox((block_k, block_q, np.array(batch), head * 32 + g * 4 + t), seed)
     # Word 2 j + n is that of columns 2t + j + 8n; its low half is of row g, its high half of row g + 8.
-    halves = np.stack((words & np.uint32(0xFFFF), words >> np.uint32(16)))
-    halves = halves.reshape(2, 2, 2, *halves.shape[2:])  # half, j, n, head, block of queries, g, block of keys, t
-    draws = halves.transpose(3, 4, 0, 5, 6, 2, 7, 1)  # head; block, half, g; block, n, t, j
-    draws = draws.reshape(len(head), num_q * BLOCK, num_k * BLOCK)
+    kept = words.astype("<u4", copy=False).view("<u2") >= threshold(dropout_p)
+    # The two of j stand side by side, and move as one.
+    pairs = np.stack((kept[:2], kept[2:]), axis=-1).view(np.uint16)
+    pairs = pairs.reshape(2, *words.shape[1:-1], num_k, 4, 2)  # n, head, block of queries, g, block of keys, t, half
+    pairs = pairs.transpose(1, 2, 6, 3, 4, 0, 5)  # head; block, half, g; block, n, t
+    kept = np.ascontiguousarray(pairs).view(bool).reshape(len(head), num_q * BLOCK, num_k * BLOCK)
     rows = slice(queries.start - first_q * BLOCK, queries.stop - first_q * BLOCK)
     columns = slice(keys.start - first_k * BLOCK, keys.stop - first_k * BLOCK)
-    return draws[:, rows, columns] >= threshold(dropout_p)
+    return kept[:, rows, columns]
 
 
 def dropout_mask(seed: int, dropout_p: float, shape: tuple[int, ...], first_batch: int = 0) -> Array:

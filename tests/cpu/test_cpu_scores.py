@@ -1,6 +1,8 @@
 """What the NumPy path does to scores and weights beyond the band, against the float64 reference."""
 
 import itertools
+import time
+import tracemalloc
 from typing import NamedTuple
 
 import numpy as np
@@ -133,12 +135,13 @@ def test_many_tiles_and_blocks(band, dtype):
 
 
 @pytest.mark.parametrize("pattern", list(itertools.product((False, True), repeat=4)))
-def test_every_way_to_broadcast_a_bias(pattern):
-    shape = (2, 6, 2, 300, 2100, 8, 8)  # several parts of keys, and blocks of queries
+def test_every_way_to_broadcast_a_bias(pattern, monkeypatch):
+    monkeypatch.setattr(cpu, "MIN_PART", 256)
+    shape = (2, 4, 2, 300, 600, 8, 8)  # several parts of keys, and blocks of queries
     rng = np.random.default_rng(3)
-    sizes = [1 if narrow else size for narrow, size in zip(pattern, (2, 6, 300, 2100), strict=True)]
+    sizes = [1 if narrow else size for narrow, size in zip(pattern, (2, 4, 300, 600), strict=True)]
     score = Score(bias=rng.standard_normal(sizes).astype(np.float32), mask=rng.random(sizes) < 0.6)
-    check(make_problem(shape, score=score, band=Band(None, 1900)))
+    check(make_problem(shape, score=score, band=Band(None, 400)))
 
 
 @st.composite
@@ -232,6 +235,19 @@ def test_gradients_that_tasks_share_are_the_same_bits(sizes, monkeypatch):
     for actual in found[1:]:
         for one, other in zip(actual, found[0], strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_tiles_that_are_skipped_take_their_turns(monkeypatch):
+    mask = np.zeros((3, 2, 600, 900), bool)
+    mask[0, :, :100], mask[1, 1, 300:, 700:], mask[2, 0] = True, True, True
+    problem = make_problem((3, 2, 2, 600, 900, 8, 8), score=Score(mask=mask, bias=np.ones((600, 900), np.float32)))
+    problem = problem._replace(score=problem.score._replace(bias=problem.score.bias[None, None]))
+    steps = []
+    end = cpu._Turn.end
+    monkeypatch.setattr(cpu._Turn, "end", lambda turn: (steps.append(turn.steps), end(turn)))
+    check(problem)
+    assert steps == [steps[0]] * 6
+    assert steps[0] > 4
 
 
 # --------------------------------------------------------------------------------------------------- gradients
@@ -368,6 +384,48 @@ def test_a_dropped_weight_counts_in_the_sum():
 
 
 # --------------------------------------------------------------------------------------------- what it costs
+
+
+def test_a_failure_leaves_nobody_waiting_for_a_turn(monkeypatch):
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "3")
+    problem = make_problem((4, 2, 2, 600, 900, 8, 8), score=Score(bias=np.ones((1, 1, 600, 900), np.float32)))
+    out, lse = forward(problem)
+    change_back = cpu._ScoreTile.change_back
+
+    def failing(tile, d_scores):
+        if tile.scores.place.b == 1:
+            time.sleep(0.2)  # until others wait for this task
+            raise ZeroDivisionError
+        change_back(tile, d_scores)
+
+    monkeypatch.setattr(cpu._ScoreTile, "change_back", failing)
+    with pytest.raises(ZeroDivisionError):
+        backward(problem, out, lse)
+
+
+@pytest.mark.parametrize("name", ["plain bias", "alibi", "sinks", "dropout", "mask", "softcap"])
+def test_memory_is_linear_in_the_lengths(name, monkeypatch):
+    monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
+
+    def peak(seqlen):
+        bias = np.zeros((1, 1, seqlen, seqlen), np.float32)
+        options = {
+            "plain bias": {"bias": bias},
+            "alibi": {"alibi_slopes": np.ones((1, 2), np.float32)},
+            "sinks": {"sinks": np.ones(2, np.float32)},
+            "dropout": {"dropout_p": 0.5},
+            "mask": {"mask": bias == 0},
+            "softcap": {"softcap": 1.0},
+        }
+        problem = make_problem((1, 2, 1, seqlen, seqlen, 8, 8), score=Score(**options[name]), band=Band(None, 0))
+        tracemalloc.start()
+        results(problem)
+        _, largest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return largest - (bias.nbytes if name == "plain bias" else 0)  # its gradient
+
+    peak(2200)
+    assert peak(4400) - peak(2200) < 2200 * 2200
 
 
 def test_blocks_that_a_mask_hides_are_not_computed(monkeypatch):

@@ -214,3 +214,22 @@ def test_a_sink_is_a_key_whose_value_is_zero():
     wanted = reference.attention(q, more_k, more_v, scale=0.7, score=Score(bias=bias, mask=mask))
     np.testing.assert_allclose(out, wanted[0], atol=1e-14)
     np.testing.assert_allclose(lse, wanted[1], atol=1e-14)
+
+
+def test_a_bias_of_minus_infinity_is_a_mask():
+    rng = np.random.default_rng(8)
+    q, k, v = operands(rng)
+    d_out = rng.standard_normal((2, 4, 5, 4))
+    seen = rng.random((2, 1, 5, 6)) < 0.6
+    seen[0, :, 2], seen[..., 4] = False, False
+    k[:, :, 4], v[:, :, 4] = np.nan, np.inf  # which nobody sees
+    sinks = np.array([0.5, -np.inf, 1.0, -np.inf])
+    results = []
+    for score in (Score(mask=seen), Score(bias=np.where(seen, 0.0, -np.inf))):
+        score = score._replace(softcap=2.0, sinks=sinks)
+        gradients = reference.attention_backward(d_out, q, k, v, scale=1.0, score=score)
+        results.append((*reference.attention(q, k, v, scale=1.0, score=score), *gradients[:3], gradients.d_sinks))
+        assert gradients.d_bias is None or (gradients.d_bias[~seen] == 0).all()
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert not np.isnan(one).any()
