@@ -829,13 +829,13 @@ _BACKWARD_WGMMA: dict[tuple[int, int], tuple[tuple[int, int, int, int, bool], ..
     (256, 256): ((48, 64, 1, 2, False),),
 }
 # The same, by role, where scores or weights are changed: only then there are registers for it.
-_BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int, bool]] = {
-    (64, 64): (64, 64, 1, 2, False),
-    (96, 96): (64, 64, 1, 2, False),
-    (128, 128): (64, 64, 1, 2, False),
-    (192, 128): (64, 64, 1, 3, False),
-    (192, 192): (64, 64, 1, 2, False),
-    (256, 256): (48, 64, 1, 2, False),
+_BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int]] = {
+    (64, 64): (64, 64, 1, 2),
+    (96, 96): (64, 64, 1, 2),
+    (128, 128): (64, 64, 1, 2),
+    (192, 128): (64, 64, 1, 3),
+    (192, 192): (64, 64, 1, 2),
+    (256, 256): (48, 64, 1, 2),
 }
 #: The widest head_dim that gains from `overlap` where d_q is summed in a fixed order, too.
 _OVERLAP_IN_ORDER = 64
@@ -857,7 +857,8 @@ def backward_wgmma_scores_config(
 ) -> BackwardWgmmaConfig:
     """The configuration for a call that changes scores or weights; `head_dim`s are padded ones."""
     dims = max((head_dim, head_dim_v), (64, 64))
-    return BackwardWgmmaConfig(mma, "tma", *dims, *_BACKWARD_WGMMA_SCORES[dims], deterministic, score=score)
+    tile = _BACKWARD_WGMMA_SCORES[dims]
+    return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
 
 
 def backward_companions(

@@ -250,7 +250,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 
     // Scores that are changed come out in units of log2.
     constexpr bool kChanged = cfg.score.changes();
-    float const scale_log2 = kChanged ? 1.f : params.scale_log2;
+    auto scale_log2 = [&] { return kChanged ? 1.f : params.scale_log2; };
     float o[1][kNV][4];
     FragmentA<kMma> p[kStepsPV];
     EagerSoftmax softmax;
@@ -337,7 +337,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             opaque(row);
             row += lane / 4;
             int const q_idx[1][2] = {{min(query_of_row(row), q_end - 1), min(query_of_row(row + 8), q_end - 1)}};
-            mask_scores(s, shape, q_idx, n * cfg.block_n, lane, scale_log2 < 0.f ? infinity() : -infinity());
+            mask_scores(s, shape, q_idx, n * cfg.block_n, lane, scale_log2() < 0.f ? infinity() : -infinity());
         };
 
         // ---- its first scores, beside the last P V of the tile before if that can be ----
@@ -348,9 +348,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         fresh.init();
         auto first_weights = [&] {
             mask(s, n);
-            fresh.settle(s[0], scale_log2);
+            fresh.settle(s[0], scale_log2());
             if constexpr (cfg.score.sinks) fresh.add_sink(sink_log2, lane);
-            fresh.weigh(s[0], sum, scale_log2);
+            fresh.weigh(s[0], sum, scale_log2());
             fresh.add(sum);
         };
         auto last_values = [&] {
@@ -456,8 +456,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             warpgroup_pin(s[0]);
             release_k(ring);
             mask(s, n);
-            if (softmax.unseen) softmax.settle(s[0], scale_log2);
-            softmax.weigh(s[0], sum, scale_log2);
+            if (softmax.unseen) softmax.settle(s[0], scale_log2());
+            softmax.weigh(s[0], sum, scale_log2());
             bool const accepted = softmax.accept(sum);
             if (must_wait(ready, sum)) {
                 await_v(ring);
@@ -477,8 +477,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
                     params.k.at(at.batch, at.head / (shape.group_size / order.pack), 0), params.k.row_stride,
                     n * cfg.block_n, shape.seqlen_k, shape.head_dim, lane);
                 mask(s, n);
-                softmax.raise(s[0], alpha[0], scale_log2);
-                softmax.weigh(s[0], sum, scale_log2);
+                softmax.raise(s[0], alpha[0], scale_log2());
+                softmax.weigh(s[0], sum, scale_log2());
                 softmax.add(sum);
                 scale_rows(o, alpha);
             }

@@ -228,7 +228,7 @@ struct BackwardSteps {
                 mbarrier_wait(empty(at), ~at.parity() & 1);
                 st_shared_v4(note(at), uint4{flags | static_cast<u32>(m_block) << kNumFlags,
                                              static_cast<u32>(k_begin), static_cast<u32>(dq_tile),
-                                             static_cast<u32>(head)});
+                                             static_cast<u32>(cfg.score.any() ? head : 0)});
                 mbarrier_arrive_expect(q_full(at), Tiles::Q::kBytes + cfg.block_m * 4);
                 load<typename Tiles::Q>(q(at), params.q_map, q_full(at), row, head, batch);
                 bulk_load(lse(at), params.lse_log2 + stats, cfg.block_m * 4, q_full(at));
