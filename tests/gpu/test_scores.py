@@ -1,0 +1,147 @@
+"""What is done to scores and weights, alone and together, on every path: against the float64 reference.
+
+A kernel is compiled per dtype, padded head dims, path and set of options, so a test is one such family; lengths, heads,
+bands, strides, broadcasts and numbers are hypothesis's to choose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cuflash
+from cuflash import arrays, reference, rng
+from cuflash.scores import Score
+from tests.gpu.harness import cupy
+from tests.strategies import DTYPES, Case, cases, make_operands
+from tests.tolerance import Yardstick
+
+#: Names of the options of a call.
+SETS = (
+    ("bias",),
+    ("mask",),
+    ("softcap", "alibi_slopes"),
+    ("sinks", "dropout"),
+    ("mask", "bias", "alibi_slopes", "sinks", "softcap", "dropout"),
+)
+#: Paths (`CUFLASH_KERNEL`) that a dtype can take beside the planner's own.
+FAMILIES = {
+    "float16": ("auto", "mma", "simt"),
+    "bfloat16": ("auto",),
+    "float32": ("auto", "simt"),
+    "float64": ("auto",),
+}
+EVERY = [
+    (dtype, family, dim, names)
+    for dtype in DTYPES
+    for family in FAMILIES[dtype]
+    for dim in ((64, 128) if family == "auto" else (64,))
+    for names in SETS
+]
+
+
+def broadcastable(draw: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with some axes of one element, and some left out in front."""
+    kept = tuple(size if draw(st.booleans()) else 1 for size in shape)
+    return kept[draw(st.integers(0, len(shape) - 1)) :]
+
+
+@st.composite
+def scores(draw: Any, case: Case, names: tuple[str, ...]) -> Score:
+    """Options of those names, with arrays on the device."""
+    numbers = np.random.default_rng(draw(st.integers(0, 999)))
+    pairs = (case.batch, case.num_heads, case.seqlen_q, case.seqlen_k)
+    made: dict[str, Any] = {}
+    if "mask" in names:
+        made["mask"] = numbers.random(broadcastable(draw, pairs)) < draw(st.sampled_from((0.1, 0.7, 0.95)))
+    if "bias" in names:
+        bias = draw(st.sampled_from((1.0, 10.0))) * numbers.standard_normal(broadcastable(draw, pairs))
+        # The kernel knows the bias by its dtype: that of the operands, or float32.
+        made["bias"] = bias.astype(np.float32 if case.dtype == "bfloat16" else case.dtype)
+    if "alibi_slopes" in names:
+        shape = draw(st.sampled_from(((case.num_heads,), (case.batch, case.num_heads))))
+        made["alibi_slopes"] = numbers.random(shape).astype(np.float32) / 4
+    if "sinks" in names:
+        made["sinks"] = draw(st.sampled_from((1.0, 5.0))) * numbers.standard_normal(case.num_heads)
+    if "softcap" in names:
+        made["softcap"] = draw(st.sampled_from((0.5, 5.0, 50.0)))
+    if "dropout" in names:
+        made |= {"dropout_p": draw(st.sampled_from((0.1, 0.5))), "seed": draw(st.integers(0, 2**64 - 1))}
+    for name in ("mask", "bias", "alibi_slopes", "sinks"):
+        if name in made:
+            made[name] = cupy.asarray(made[name])
+    q_offset = case.seqlen_k - case.seqlen_q if case.q_offset is None else case.q_offset
+    return Score(**made)._replace(q_offset=q_offset)
+
+
+@pytest.mark.parametrize(("dtype", "family", "dim", "names"), EVERY, ids=str)
+@settings(max_examples=40)
+@given(data=st.data(), with_d_lse=st.booleans())
+def test_any_call(
+    dtype: str,
+    family: str,
+    dim: int,
+    names: tuple[str, ...],
+    data: st.DataObject,
+    with_d_lse: bool,
+) -> None:
+    case = data.draw(
+        cases(dtypes=(dtype,), dims=st.just((dim, dim)), storages=("contiguous", "padded", "sliced"), max_seqlen=200)
+        .filter(lambda case: case.seqlen_q * case.seqlen_k > 0)
+    )  # fmt: skip
+    score = data.draw(scores(case, names))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUFLASH_KERNEL", family)
+        arrays.framework_of(q=cupy.zeros(1)).prepared.clear()  # a call that was prepared for another path
+        check(case, score, with_d_lse=with_d_lse)
+
+
+def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
+    """Judge out, LSE and all gradients of a call by the one tolerance rule."""
+    q, k, v, d_out = make_operands(case, cupy.asarray)
+    options = {
+        **case.options, "mask": score.mask, "bias": score.bias, "alibi_slopes": score.alibi_slopes,
+        "sinks": score.sinks, "softcap": score.softcap, "dropout_p": score.dropout_p, "seed": score.seed,
+    }  # fmt: skip
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+    d_lse = None
+    if with_d_lse:
+        d_lse = cupy.asarray(np.random.default_rng(1).standard_normal(lse.shape), dtype=lse.dtype)
+        d_lse[~cupy.isfinite(lse)] = 0
+    found = cuflash.attention_backward(d_out, q, k, v, out, lse, d_lse=d_lse, **options)
+
+    arranged = [x if case.layout == "bhsd" else x.swapaxes(1, 2) for x in (q, k, v, d_out, out, *found[:3])]
+    slopes = score.alibi_slopes
+    two_axes = score._replace(alibi_slopes=None if slopes is None else slopes.reshape(-1, case.num_heads))
+    yardstick = Yardstick(*arranged[:3], band=case.band, scale=case.softmax_scale, score=two_axes)
+    yardstick.assert_forward(arranged[4], lse)
+    d_slopes = None if slopes is None else found.d_alibi_slopes.reshape(-1, case.num_heads)
+    gradients = reference.Gradients(*arranged[5:], found.d_bias, d_slopes, found.d_sinks)
+    yardstick.assert_backward(arranged[3], gradients, d_lse=d_lse)
+
+
+@pytest.mark.parametrize("family", ["auto", "mma", "simt"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_dropout_mask_is_the_same_everywhere(dim: int, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal scores and values that tell the keys apart, out says which weights were kept."""
+    monkeypatch.setenv("CUFLASH_KERNEL", family)
+    arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
+    shape, seed, dropout_p = (2, 3, 150, dim), 987654321, 0.3
+    q = cupy.zeros(shape, np.float16)
+    mask = rng.dropout_mask(seed, dropout_p, (2, 3, 150, dim))
+    v = cupy.broadcast_to(cupy.eye(dim, dtype=np.float16), (2, 3, dim, dim))
+    k = cupy.zeros((2, 3, dim, dim), np.float16)
+    out = cuflash.attention(q, k, v, dropout_p=dropout_p, seed=seed)
+    np.testing.assert_array_equal(cupy.asnumpy(out) != 0, mask)
+    np.testing.assert_allclose(cupy.asnumpy(out)[mask], 1 / dim / (1 - dropout_p), rtol=2e-3)
+    # The backward keeps the same ones: d_v is the transpose of the weights.
+    _, lse = cuflash.attention(q, k, v, dropout_p=dropout_p, seed=seed, return_lse=True)
+    d_out = cupy.zeros(shape, np.float16)
+    d_out[:, :, :dim] = cupy.eye(dim, dtype=np.float16)[:150]
+    found = cuflash.attention_backward(d_out, q, k, v, out, lse, dropout_p=dropout_p, seed=seed)
+    rows = min(dim, 150)
+    np.testing.assert_array_equal(cupy.asnumpy(found.d_v)[:, :, :, :rows] != 0, mask[:, :, :rows].swapaxes(2, 3))
