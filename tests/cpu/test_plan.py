@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cuflash import configs, launch
@@ -105,14 +105,20 @@ def test_every_problem_has_plans_that_fit(problem: Problem, arch: int) -> None:
     assert plan_forward(problem, device).workspace_bytes == 0
 
 
+@example(problem=Problem("float16", 0, 3, 1, 257, 1, 32, 32, 1.0), arch=90)
 @given(problem=problems(), arch=st.sampled_from(configs.ARCHS))
 def test_choice_does_not_depend_on_the_batch(problem: Problem, arch: int) -> None:
     """A sequence gets the same bits alone and in company."""
     if not supported(problem, arch):
         return
     device = DeviceInfo.of_arch(arch)
-    for plan, alone in zip(all_plans(problem, device), all_plans(replace(problem, batch=1), device), strict=True):
-        assert plan.config.rounding == alone.config.rounding
+    # Which tiles of the backward are cut into parts is the exception, and with it whether there are any to sum up.
+    company, alone = (
+        [plan for plan in all_plans(p, device) if not isinstance(plan.config, configs.BackwardGatherConfig)]
+        for p in (problem, replace(problem, batch=1))
+    )
+    for plan, other in zip(company, alone, strict=True):
+        assert plan.config.rounding == other.config.rounding
 
 
 @given(problem=problems(), arch=st.sampled_from(configs.ARCHS))
