@@ -121,7 +121,8 @@ def ratio_table(runs: Iterable[Results]) -> str:
     for run in runs:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in run.rows:
-            groups.setdefault((row.measure, row.dtype), []).append(row)
+            if row.unit != "MiB":
+                groups.setdefault((row.measure, row.dtype), []).append(row)
         for (measure, dtype), rows in groups.items():
             cases = by_case(rows).values()
             ratios = {peer: _ratios(cases, peer) for peer in _providers(rows) if _is_peer(peer)}

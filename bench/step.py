@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .check import allowed_error, max_error, worst
+from .memory import meter, peak_bytes
 from .providers import GPU_PROVIDERS, PROVIDERS, Attention, Provider, select
 from .rows import Row
 from .runner import Candidate, Case, Options, Timer, run_case
@@ -113,4 +114,7 @@ def _run_workload(workload: Workload, providers: Sequence[Provider], timer: Time
         )
         for provider in providers
     ]
-    return run_case(Case("step", "training step", workload, "ms"), candidates, check, timer, rounds)
+    rows = run_case(Case("step", "training step", workload, "ms"), candidates, check, timer, rounds)
+    # The block's own activations and its gradients are part of it, for everyone alike.
+    peaks = functools.partial(meter, peak_bytes)
+    return rows + run_case(Case("step", "training step peak", workload, "MiB"), candidates, check, peaks, 1)
