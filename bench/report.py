@@ -54,11 +54,11 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, Workload], dict[str, Row]]:
 
 
 def speedup(case: dict[str, Row], peer: str) -> float | None:
-    """Time of ``peer`` over ours (above 1: ours is faster), or None where one of them was not timed.
+    """Time of ``peer`` over ours (above 1: ours is faster), or None where one of them was not timed, or bytes were.
 
     ``BEST`` stands for whichever peer is fastest on this workload.
     """
-    times = {name: row.median for name, row in case.items() if row.median is not None}
+    times = {name: row.median for name, row in case.items() if row.median is not None and row.unit != "MiB"}
     peers = [time for name, time in times.items() if _is_peer(name) and peer in (name, BEST)]
     return min(peers) / times[OURS] if peers and OURS in times else None
 
@@ -121,8 +121,7 @@ def ratio_table(runs: Iterable[Results]) -> str:
     for run in runs:
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in run.rows:
-            if row.unit != "MiB":
-                groups.setdefault((row.measure, row.dtype), []).append(row)
+            groups.setdefault((row.measure, row.dtype), []).append(row)
         for (measure, dtype), rows in groups.items():
             cases = by_case(rows).values()
             ratios = {peer: _ratios(cases, peer) for peer in _providers(rows) if _is_peer(peer)}
@@ -155,7 +154,7 @@ def context_line(run: Results) -> str:
 def suite_section(run: Results) -> str:
     """Everything about one run: context, all rows, ratios, and why anybody is missing."""
     missing = sorted({f"* {row.provider}: {row.status}, {row.note}" for row in run.rows if row.status != "ok"})
-    ratios = ratio_table([run]) if run.suite not in ("host", "memory") else ""
+    ratios = ratio_table([run]) if run.suite != "host" else ""
     parts = [f"### {TITLES.get(run.suite, run.suite)}", context_line(run), comparison_table(run.rows), ratios]
     return "\n\n".join(part for part in [*parts, "\n".join(missing)] if part)
 
@@ -188,7 +187,7 @@ def summary(runs: Sequence[Results], plots: dict[str, str], details: str) -> str
         parts.append("\n".join(dict.fromkeys(context_line(run) for run in group)))
         if device in plots:
             parts.append(f"![Rates on {device}]({plots[device]})")
-        parts.append(ratio_table(run for run in group if run.suite not in ("host", "memory")))
+        parts.append(ratio_table(run for run in group if run.suite != "host"))
         for run in group:
             if run.suite in ("host", "compile", "memory", "cpu"):
                 parts += [f"{TITLES[run.suite]}:", comparison_table(run.rows)]

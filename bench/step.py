@@ -103,8 +103,10 @@ def run(options: Options) -> list[Row]:
 def _run_workload(workload: Workload, providers: Sequence[Provider], timer: Timer, rounds: int) -> list[Row]:
     tensors = make_tensors(workload, workload.batch, workload.seqlen_q, "cuda")
 
+    error = functools.cache(lambda name: check_step(workload, PROVIDERS[name], "cuda"))
+
     def check(name: str, _: Call) -> float:
-        return check_step(workload, PROVIDERS[name], "cuda")
+        return error(name)
 
     candidates = [
         Candidate(

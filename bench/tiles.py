@@ -170,7 +170,7 @@ class ForwardTiles(Tiles[ForwardWgmmaConfig]):
 
 @dataclass(frozen=True, slots=True)
 class BackwardTiles(Tiles[BackwardWgmmaConfig]):
-    """``backward_wgmma.cuh``, the main step; the two around it follow from its tile."""
+    """``backward_wgmma.cuh``, the main step; those around it follow from its tile."""
 
     measure: ClassVar[str] = "backward"
     table: ClassVar[str] = "_BACKWARD_WGMMA"

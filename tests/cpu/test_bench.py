@@ -186,6 +186,18 @@ def test_ratio_table_has_a_best_peer_where_there_are_several():
     assert report.ratio_table([Results("host", CONTEXT, {}, rows[:1])]) == ""
 
 
+def test_bytes_are_no_speedup():
+    """Not even beside times, as those of a training step are."""
+    peak = [replace(timed(name, 1e-3, measure="peak"), unit="MiB") for name in ("cuflash", "a")]
+    rows = [timed("cuflash", 1e-3), timed("a", 2e-3), *peak]
+    times, bytes_ = report.comparison_table(rows).splitlines()[2:]
+    assert times.endswith("| 2.00 |")
+    assert bytes_.endswith("| 1.00 MiB | 1.00 MiB | - |")
+    (line,) = report.ratio_table([Results("step", CONTEXT, {}, rows)]).splitlines()[2:]
+    assert line.startswith("| forward |")
+    assert report.ratio_table([Results("memory", CONTEXT, {}, peak)]) == ""
+
+
 def test_fill_replaces_the_block_and_nothing_else():
     page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.fill(page, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"

@@ -60,7 +60,7 @@ class Run:
     def configs(self) -> tuple[configs.Config, ...]:
         """All that are launched."""
         config = self.config
-        if isinstance(config, configs.ForwardWgmmaConfig | configs.ForwardMmaConfig):
+        if self.is_forward:
             return (config,)
         gather = [configs.backward_gather_config(config)] if isinstance(config, configs.BackwardWgmmaConfig) else []
         return config, *configs.backward_companions(config), *gather

@@ -17,6 +17,5 @@ CUFLASH_DEVICE int fetch_add(int* gmem, int x) {
     return before;
 }
 
-
 CUFLASH_DEVICE int load_acquire(int const* gmem) { return emulator::load_acquire(gmem); }
 CUFLASH_DEVICE void store_release(int* gmem, int value) { emulator::store_release(gmem, value); }
