@@ -301,7 +301,7 @@ class BackwardWgmmaConfig(TileConfig):
         elems += (3 if self.by_role else 2) * self.block_m * self.block_n  # dS twice, and P where others need it
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
         barriers = 5 + 3 * self.kv_stages + 3 * self.num_stages
-        return 2 * elems + stats + 32 * self.num_stages + 96 * self.kv_stages + 16 + 8 * barriers
+        return 2 * elems + stats + 32 * self.num_stages + 4 * 48 + 16 + 8 * barriers
 
     @property
     def name(self) -> str:
