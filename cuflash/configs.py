@@ -347,7 +347,7 @@ class BackwardWgmmaConfig(TileConfig):
         elems += (2 + (1 + self.score.softcap) * self.by_role) * self.block_m * self.block_n
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
         barriers = 5 + 3 * self.kv_stages + 3 * self.num_stages
-        return 2 * elems + stats + 32 * self.num_stages + 96 * self.kv_stages + 16 + 8 * barriers
+        return 2 * elems + stats + 32 * self.num_stages + 4 * 48 + 16 + 8 * barriers
 
     @property
     def name(self) -> str:

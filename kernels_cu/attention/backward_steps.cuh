@@ -39,7 +39,10 @@ struct BackwardWgmmaTiles {
     // 16 bytes per step: twice as many as there are stages, as the step before is still of interest.
     static constexpr int kNotes = kDelta + cfg.num_stages * kStatBytes;
     static constexpr int kWork = kNotes + 2 * 16 * cfg.num_stages;
-    static constexpr int kRest = kWork + 2 * 48 * cfg.kv_stages;
+    // Of a tile that is claimed, of those that have a place, and of one that is stored.
+    static constexpr int kNumWork = 4;
+    static_assert(cfg.kv_stages + 2 <= kNumWork, "there is work for every tile that is claimed and not stored");
+    static constexpr int kRest = kWork + 48 * kNumWork;
     static constexpr int kBarriers = kRest + 16;
     static constexpr int kBytes = kBarriers + 8 * (5 + 3 * cfg.kv_stages + 3 * cfg.num_stages);
 };
@@ -113,7 +116,7 @@ struct BackwardSteps {
     CUFLASH_DEVICE int k_begin(Position at) const { return ld_shared(note(at) + 4); }
     CUFLASH_DEVICE int head(Position at) const { return ld_shared(note(at) + 12); }
 
-    // ---- work: a tile of keys; twice as many as there are places for keys, as results are stored when those are free ----
+    // ---- work: a tile of keys. One is claimed while another is computed, and the one before may still be stored ----
     // The producer's registers are few, and it looks up here what it needs, too.
     static constexpr i32 kNoMore = -1, kWhole = -1;
     struct Work {
@@ -141,7 +144,7 @@ struct BackwardSteps {
         CUFLASH_DEVICE int first_m_block() const { return first() + steps_before() % (last() - first()); }
     };
     CUFLASH_DEVICE Work work(TilePosition tile) const {
-        return Work{smem + Tiles::kWork + tile.count % (2 * cfg.kv_stages) * 48};
+        return Work{smem + Tiles::kWork + tile.count % Tiles::kNumWork * 48};
     }
 
     CUFLASH_DEVICE int tile_of_dq(int batch, int head, int m_block) const {
@@ -201,9 +204,9 @@ struct BackwardSteps {
         Position at;
 #pragma unroll 1
         for (TilePosition tile;; tile = tile + 1) {
-            mbarrier_wait(kv_empty(tile), ~tile.parity() & 1);
             Work const now = work(tile);
-            claim(now);
+            claim(now);  // takes a while, in which the tile before is computed
+            mbarrier_wait(kv_empty(tile), ~tile.parity() & 1);
             i32 steps_left = now.num_steps();
             if (steps_left <= 0) {
                 mbarrier_arrive(k_full(tile));
