@@ -56,7 +56,7 @@ CUFLASH_DEVICE void backward_gather(BackwardWgmmaParams const& params, u32 /*sme
     }
 
     // ---- store ----
-    float const scale = is_dv ? 1.f : static_cast<float>(params.scale);
+    float const scale = static_cast<float>(is_dv ? params.score.kept_scale : params.scale);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll

@@ -103,7 +103,9 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
     int const batch = blockIdx.x / num_chunks / num_n_blocks / num_heads_kv;
     int const k_begin = n_block * cfg.block_n;
     int const k_end = min(shape.seqlen_k, k_begin + cfg.block_n);
-    BlockRange const range = query_blocks(shape, k_begin, k_end, cfg.block_m);
+    BlockRange range = query_blocks(shape, k_begin, k_end, cfg.block_m);
+    // Rows of keys that do not exist are not stored, but would count in sums over keys.
+    if (cfg.score.changes() && k_begin + cfg.block_n > shape.seqlen_k) range.full_last = 0;
     Gemm const gemm(smem, threadIdx.x);
 
     // ---- load: queries that see no key of the block are not read ----

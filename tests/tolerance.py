@@ -14,7 +14,8 @@ covers what a plain program may miss by luck, above all on small arrays. `Yardst
 for other orders of summation, and scores rounded elsewhere, whose absolute error eps * |score| is a relative error of
 the probability; gradients start, on top of that, from an `out` that was rounded. `magnitude` is the largest value of
 the result's formula with the terms of every sum added in quadrature, so that none of them cancel, or of the result
-itself where that is larger: equal terms are rounded alike. With a bias or slopes, what they add counts as a score of
+itself where that is larger: equal terms are rounded alike. Weights are rounded, too, and below the normal numbers of a
+dtype absolutely. With a bias or slopes, what they add counts as a score of
 its own, where weights are not 0 altogether: |score| + |bias| + |slope * distance|. The accumulator of 16-bit inputs
 being float32, the first part of the slack matters for float32 and float64 only.
 
@@ -64,7 +65,7 @@ def assert_within(
     assert np.isfinite(naive_error), f"{what}: the plain program overflows here, so it cannot be the yardstick"
     largest = np.max(np.abs(reference[finite]), initial=0.0)
     # Results below the normal numbers of a dtype are rounded, or flushed, absolutely.
-    smallest = 2.0**-14 if np.dtype(dtype) == np.float16 else 2.0**-126
+    smallest = _smallest(dtype)
     bound = factor * naive_error + eps(dtype) * largest + slack + smallest
     error = np.abs(np.where(finite, actual, 0.0) - np.where(finite, reference, 0.0))
     if error.size and error.max() > bound:
@@ -153,12 +154,12 @@ class Yardstick:
         if d_lse is not None:
             delta_squares += self._grouped(self._finite(d_lse[..., None]) ** 2)
         d_weights = d_out_squares @ self._finite(self.v)[:, :, None].swapaxes(-1, -2) ** 2 * self._dropout
-        d_scores = (d_weights + delta_squares) * self._squares
+        d_scores = (d_weights + delta_squares) * self._rounded_squares()
         d_products = d_scores * self.options["scale"] ** 2
         squares = {
             "d_q": d_products @ self._finite(self.k)[:, :, None] ** 2,
             "d_k": (d_products.swapaxes(-1, -2) @ self._grouped(self._finite(self.q) ** 2)).sum(2),
-            "d_v": ((self._squares * self._dropout).swapaxes(-1, -2) @ d_out_squares).sum(2),
+            "d_v": ((self._rounded_squares() * self._dropout).swapaxes(-1, -2) @ d_out_squares).sum(2),
         }
         score = self.options["score"]
         if score.bias is not None:
@@ -177,6 +178,11 @@ class Yardstick:
             slack = self._slack(squares[what], arrays[1], rounding=eps(self.dtype))
             assert_within(*arrays, dtype=self.dtype, factor=GRADIENT_FACTOR, slack=slack, what=what)
 
+    def _rounded_squares(self) -> Any:
+        """Squares of the weights, or of what they are rounded like: below a dtype's normal numbers all are alike."""
+        squares = self.xp.maximum(self._squares, _smallest(self.dtype) ** 2)
+        return self.xp.where(self._grouped(self._visible()), squares, 0.0)
+
     def _grouped(self, x: np.ndarray) -> np.ndarray:
         batch, heads, *rest = x.shape
         return x.reshape(batch, self.k.shape[1], heads // max(self.k.shape[1], 1), *rest)
@@ -189,6 +195,11 @@ class Yardstick:
         # In float64 the plain program is the reference itself, and its own roundings are no smaller than ours.
         roundings = 16 if self.dtype == np.float64 else 4
         return (roundings * eps(accumulator(self.dtype)) * (1 + self._max_score) + rounding) * magnitude
+
+
+def _smallest(dtype: Any) -> float:
+    """The smallest normal number."""
+    return 2.0**-14 if np.dtype(dtype) == np.float16 else 2.0**-126
 
 
 def _largest(x: Any) -> float:

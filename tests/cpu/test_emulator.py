@@ -241,6 +241,7 @@ def test_scores(
     """Kernels with what is done to scores and weights, forward and backward; the first 16 keys are cut off."""
     device = Device(tmp_path, programs)
     device.install(monkeypatch)
+    monkeypatch.setattr(plan, "_backward_tail", tail_in_parts)
     case = Case(
         dtype, batch=2, num_heads=4, num_heads_kv=2, seqlen_q=45, seqlen_k=77, head_dim=24, head_dim_v=32,
         window=(16, 3),

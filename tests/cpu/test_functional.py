@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import cuflash
 from cuflash import arrays, cpu, functional, reference
 from cuflash.arrays import ArrayView, NumPyArrays
-from cuflash.scores import Extras, Score, make_band
+from cuflash.scores import NO_EXTRAS, Extras, Score, make_band
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -384,7 +384,12 @@ class HostLaunches:
         return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch)
 
     def ForwardCall(
-        self, problem: Any, device: int, *strides: tuple[int, ...], extras: Extras, itemsizes: Extras
+        self,
+        problem: Any,
+        device: int,
+        *strides: tuple[int, ...],
+        extras: Extras = NO_EXTRAS,
+        itemsizes: Extras = NO_EXTRAS,
     ) -> Any:
         def call(
             q: int,
@@ -406,7 +411,13 @@ class HostLaunches:
         return call
 
     def BackwardCall(
-        self, problem: Any, device: int, *strides: tuple[int, ...], extras: Extras, itemsizes: Extras, d_bias: Any
+        self,
+        problem: Any,
+        device: int,
+        *strides: tuple[int, ...],
+        extras: Extras = NO_EXTRAS,
+        itemsizes: Extras = NO_EXTRAS,
+        d_bias: Any = None,
     ) -> Any:
         def call(*pointers: Any) -> None:
             operands, (workspace, stream), rest = pointers[:10], pointers[10:12], pointers[12:]
