@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -27,6 +28,7 @@ def collect(commit: str | None = None) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("numpy", "cupy", "torch", "triton")},
+        "flash-attn-4": _installed("flash-attn-4"),
     }
 
 
@@ -88,6 +90,14 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
+        return None
+
+
+def _installed(distribution: str) -> str | None:
+    """Version of a package that does not tell it itself."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 

@@ -1,4 +1,4 @@
-"""Contestants on a GPU: cuflash and what PyTorch ships, all as one differentiable function of torch tensors.
+"""Contestants on a GPU: cuflash, PyTorch's and FlashAttention-4, all as one differentiable function of torch tensors.
 
 Everyone gets the same tensors and is differentiated by autograd, so that a comparison never favours
 the one that skipped a layer.
@@ -7,6 +7,7 @@ the one that skipped a layer.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -114,6 +115,17 @@ def _bind_flex(workload: Workload) -> Attention:
     return functools.partial(compiled, block_mask=block_mask, enable_gqa=_is_grouped(workload))
 
 
+def _bind_fa4(workload: Workload) -> Attention:
+    from flash_attn.cute import flash_attn_func
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Its layout is (batch, seqlen, heads, dim); its kernels take any strides.
+        out, _ = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=workload.is_causal)
+        return out.transpose(1, 2)
+
+    return attention
+
+
 # --- what they do not serve -----------------------------------------------------------------------
 
 
@@ -138,6 +150,14 @@ def _top_left(workload: Workload) -> str | None:
     return "its causal mask is aligned top-left, not bottom-right" if other else None
 
 
+def _fa4_is_here(_: Workload) -> str | None:
+    try:
+        found = importlib.util.find_spec("flash_attn.cute")
+    except ModuleNotFoundError:
+        found = None
+    return None if found else "flash-attn-4 is not installed"
+
+
 def _sdpa(name: str, backend: SDPBackend, *rules: Rule) -> Provider:
     return Provider(name, _bind_sdpa, (_top_left, *rules), functools.partial(sdpa_kernel, backend))
 
@@ -155,6 +175,7 @@ PROVIDERS = {
         _sdpa("sdpa-math", SDPBackend.MATH),
         Provider("sdpa", _bind_sdpa, (_top_left,)),
         Provider("flex", _bind_flex),
+        Provider("fa4", _bind_fa4, (_fa4_is_here, _only_16_bit, _up_to_256)),
     )
 }
 

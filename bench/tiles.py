@@ -23,7 +23,6 @@ from cuflash.problem import Problem
 
 from .check import Inputs
 from .providers import OURS
-from .report import geometric_mean
 from .shapes import Workload
 from .timing import Call
 
@@ -38,9 +37,6 @@ BACKWARD_REGISTERS = 240
 
 #: What may become the first row of a forward entry: block_m 64 is for when there are few tiles, whatever its score.
 FIRST_BLOCK_M = (128, 192)
-
-#: How much faster than the best tile another one has to be on the shortest sequences for a row of its own.
-SHORT_MARGIN = 1.01
 
 #: Speed of tiles on each workload, by their names as contestants, the best first.
 Ranking = Mapping[str, Mapping[Workload, float]]
@@ -176,7 +172,7 @@ class BackwardTiles(Tiles[BackwardWgmmaConfig]):
     table: ClassVar[str] = "_BACKWARD_WGMMA"
 
     def present(self) -> list[BackwardWgmmaConfig]:
-        return [*configs.backward_wgmma_configs(MMA, self.head_dim, self.head_dim_v, False)]
+        return [configs.backward_wgmma_config(MMA, self.head_dim, self.head_dim_v, False)]
 
     def others(self) -> Iterator[BackwardWgmmaConfig]:
         for shape in itertools.product(range(32, 129, 16), (64, 128), (1, 2), (2, 3), (True, False)):
@@ -219,25 +215,11 @@ class BackwardTiles(Tiles[BackwardWgmmaConfig]):
         return Call(backward)
 
     def entry(self, ranked: Ranking) -> Entry | None:
-        """A row for the best tile, and one for the best on the shortest sequences, where that is another by far.
-
-        A row is block_m, block_n, kv_stages, num_stages and overlap.
-        """
+        """The best tile: block_m, block_n, kv_stages, num_stages and overlap."""
         if not ranked:
             return None
-        winner = next(iter(ranked))
-        shortest = min(workload.seqlen_q for workload in ranked[winner])
-        speeds = {
-            key: geometric_mean([speed for workload, speed in cells.items() if workload.seqlen_q == shortest])
-            for key, cells in ranked.items()
-        }
-        short = max(speeds, key=speeds.__getitem__)
-        chosen = (winner, short) if speeds[short] > SHORT_MARGIN * speeds[winner] else (winner,)
-        tiles = self.by_name()
-        return tuple(
-            (tile.block_m, tile.block_n, tile.kv_stages, tile.num_stages, tile.overlap)
-            for tile in (tiles[key] for key in chosen)
-        )
+        tile = self.by_name()[next(iter(ranked))]
+        return tile.block_m, tile.block_n, tile.kv_stages, tile.num_stages, tile.overlap
 
 
 #: The class of each measure.

@@ -817,16 +817,15 @@ def backward_mma_config(
     )
 
 
-# Hopper backward, by padded head dims: block_m, block_n, kv_stages, num_stages, overlap. A second row is for keys that
-# few tiles of queries see, so that waits between one tile of keys and the next count.
-_BACKWARD_WGMMA: dict[tuple[int, int], tuple[tuple[int, int, int, int, bool], ...]] = {
-    (32, 32): ((128, 128, 2, 2, True),),
-    (64, 64): ((128, 128, 1, 2, True), (128, 128, 2, 2, True)),
-    (96, 96): ((96, 128, 1, 2, False),),
-    (128, 128): ((64, 128, 1, 2, True),),
-    (192, 128): ((64, 64, 1, 3, False),),
-    (192, 192): ((64, 64, 1, 2, False),),
-    (256, 256): ((48, 64, 1, 2, False),),
+# Hopper backward, by padded head dims: block_m, block_n, kv_stages, num_stages, overlap.
+_BACKWARD_WGMMA: dict[tuple[int, int], tuple[int, int, int, int, bool]] = {
+    (32, 32): (128, 128, 2, 2, True),
+    (64, 64): (128, 128, 2, 2, True),
+    (96, 96): (96, 128, 1, 2, False),
+    (128, 128): (64, 128, 1, 2, True),
+    (192, 128): (64, 64, 1, 3, False),
+    (192, 192): (64, 64, 1, 2, False),
+    (256, 256): (48, 64, 1, 2, False),
 }
 # The same, by role, where scores or weights are changed: only then there are registers for it.
 _BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int]] = {
@@ -841,24 +840,17 @@ _BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int]] = {
 _OVERLAP_IN_ORDER = 64
 
 
-def backward_wgmma_configs(
-    mma: str, head_dim: int, head_dim_v: int, deterministic: bool
-) -> tuple[BackwardWgmmaConfig, ...]:
-    """The rows of the table, for long sequences first; `head_dim`s are padded ones."""
-    gains = not deterministic or head_dim <= _OVERLAP_IN_ORDER
-    return tuple(
-        BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *row[:4], row[4] and gains, deterministic)
-        for row in _BACKWARD_WGMMA[head_dim, head_dim_v]
-    )
-
-
-def backward_wgmma_scores_config(
-    mma: str, head_dim: int, head_dim_v: int, deterministic: bool, score: ScoreConfig
+def backward_wgmma_config(
+    mma: str, head_dim: int, head_dim_v: int, deterministic: bool, score: ScoreConfig = ScoreConfig()
 ) -> BackwardWgmmaConfig:
-    """The configuration for a call that changes scores or weights; `head_dim`s are padded ones."""
-    dims = max((head_dim, head_dim_v), (64, 64))
-    tile = _BACKWARD_WGMMA_SCORES[dims]
-    return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
+    """The row of the table; `head_dim`s are padded ones."""
+    if score != ScoreConfig():
+        dims = max((head_dim, head_dim_v), (64, 64))
+        tile = _BACKWARD_WGMMA_SCORES[dims]
+        return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
+    row = _BACKWARD_WGMMA[head_dim, head_dim_v]
+    gains = not deterministic or head_dim <= _OVERLAP_IN_ORDER
+    return BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *row[:4], row[4] and gains, deterministic)
 
 
 def backward_companions(
@@ -937,7 +929,7 @@ def _all_configs(arch: int) -> Iterator[Config]:
                             backward_mma_config(mma, arch, head_dim, head_dim_v, vectorized, deterministic)
                         ]
                         if has_wgmma(mma, arch):
-                            mains += backward_wgmma_configs(mma, head_dim, head_dim_v, deterministic)
+                            mains.append(backward_wgmma_config(mma, head_dim, head_dim_v, deterministic))
                         for main in mains:
                             yield main
                             yield from backward_companions(main)

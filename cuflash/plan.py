@@ -124,8 +124,6 @@ _TILE_COST = 0.75
 _CACHE_BYTES = 40 << 20
 #: Bytes of the heads that the backward works on together, and if d_q is summed in a fixed order.
 _SECTION_BYTES, _SECTION_BYTES_IN_ORDER = 12 << 20, 32 << 20
-#: Steps of a tile of keys up to which it counts that the next keys arrive meanwhile.
-_FEW_STEPS = 8
 #: Steps of the shortest part of a tile, and what a part costs beside them.
 _PART_STEPS, _PART_COST = 4, 4
 #: Tiles that are enough to see how evenly an order spreads them.
@@ -348,12 +346,8 @@ def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") ->
     score = configs.ScoreConfig.of(p.features)
     has_wgmma = configs.has_wgmma(mma, device.arch)
     if has_wgmma and p.mappable and p.vectorized and family != "mma":
-        if score != configs.ScoreConfig():
-            main = configs.backward_wgmma_scores_config(mma, head_dim, head_dim_v, p.deterministic, score)
-            return plans_around(main, p, device)
-        rows = configs.backward_wgmma_configs(mma, head_dim, head_dim_v, p.deterministic)
-        is_short = ceil_div(p.seqlen_q, rows[0].block_m) * p.group_size <= _FEW_STEPS
-        return plans_around(rows[-1 if is_short else 0], p, device)
+        main = configs.backward_wgmma_config(mma, head_dim, head_dim_v, p.deterministic, score)
+        return plans_around(main, p, device)
     if family == "wgmma":
         raise _no_wgmma(p, device, has_wgmma)
     portable = configs.backward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, p.deterministic)

@@ -89,15 +89,11 @@ def test_run_time_values_are_no_new_key(change: dict) -> None:
     # On Hopper a few configurations serve few and many queries; all else is the same.
     one, other = sources(replace(PROBLEM, **change)), sources(PROBLEM)
     forward = {compiler.source(config) for config, _ in configs.forward_wgmma_configs("f16", 64, 64, True)}
-    backward = {compiler.source(config) for config in configs.backward_wgmma_configs("f16", 64, 64, False)}
     assert len(forward) <= 3
-    assert len(backward) <= 2
     assert {one[0], other[0]} <= forward
-    assert {one[2], other[2]} <= backward
     # Whether tiles are cut into parts, which a kernel of its own sums up, hangs on how many there are.
-    gather = compiler.source(configs.backward_gather_config(configs.backward_wgmma_configs("f16", 64, 64, False)[0]))
-    assert [source for source in one[3:] if source != gather] == other[3:]
-    assert one[1] == other[1]
+    gather = compiler.source(configs.backward_gather_config(configs.backward_wgmma_config("f16", 64, 64, False)))
+    assert [source for source in one[1:] if source != gather] == other[1:]
 
 
 @pytest.mark.parametrize("family", ["wgmma", "mma"])

@@ -78,14 +78,14 @@ class Run:
 def mains() -> Iterator[Main]:
     for dims in configs.HEAD_DIM_PAIRS:
         yield from (config for config, _ in configs.forward_wgmma_configs("f16", *dims, True))
-        yield from configs.backward_wgmma_configs("f16", *dims, False)
+        yield configs.backward_wgmma_config("f16", *dims, False)
     for dims in ((64, 64), (128, 128), (256, 256)):
-        yield from configs.backward_wgmma_configs("f16", *dims, True)
+        yield configs.backward_wgmma_config("f16", *dims, True)
     for dims in ((64, 64), (192, 128)):
         yield configs.forward_wgmma_configs("f16", *dims, False)[0][0]
     if ml_dtypes is not None:
         yield configs.forward_wgmma_configs("bf16", 128, 128, True)[0][0]
-        yield from configs.backward_wgmma_configs("bf16", 128, 128, False)
+        yield configs.backward_wgmma_config("bf16", 128, 128, False)
     for mma, arch in (("f16", 80), ("f16_turing", 75), ("tf32x3", 90)):
         yield configs.forward_mma_config(mma, arch, 64, 64, True)
         yield configs.backward_mma_config(mma, arch, 64, 64, True, mma == "tf32x3")
@@ -315,7 +315,7 @@ class Bug:
 
 
 FORWARD, BY_ELEMENT = (configs.forward_wgmma_configs("f16", 64, 64, aligned)[-2][0] for aligned in (True, False))
-BACKWARD, IN_TURN = (configs.backward_wgmma_configs("f16", 64, 64, in_turn)[-1] for in_turn in (False, True))
+BACKWARD, IN_TURN = (configs.backward_wgmma_config("f16", 64, 64, in_turn) for in_turn in (False, True))
 WAIT, PIN, RELEASE = (
     f"            {line};\n" for line in ("warpgroup_wait<1>()", "warpgroup_pin(s[0])", "release_k(ring)")
 )
