@@ -140,6 +140,7 @@ def context_line(run: Results) -> str:
     labels = {"numpy": "NumPy"}
     if run.suite != "cpu":
         labels = {"driver": "driver", "cuda": "CUDA", "nvrtc": "NVRTC", "cudnn": "cuDNN", "cupy": "CuPy"}
+        labels["flash-attn-4"] = "FlashAttention-4"
     labels["torch"] = "PyTorch"
     parts = [device_name(run.suite, facts)]
     parts += [f"{label} {facts[name]}" for name, label in labels.items() if facts.get(name)]

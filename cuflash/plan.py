@@ -113,9 +113,12 @@ class TileParts:
     @property
     def places(self) -> int:
         """Places in the workspace: a part takes one for each tile that it reaches into."""
-        if self.num_steps == 0:
-            return 0
-        return ceil_div(self.num_steps, self.part_steps) + self.num_steps // self.tile_steps - 1
+        return ceil_div(self.num_steps, self.part_steps) + self.num_tiles - 1 if self.num_tiles else 0
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles that are in parts."""
+        return self.num_steps // self.tile_steps
 
 
 #: What a tile costs beside its blocks, in blocks.
@@ -241,9 +244,9 @@ class Plan:
         if self.order is not None:
             order = f", {self.order.num_tiles:,} tiles in sections of {self.order.section} heads"
             order += f", {self.order.pack} query heads in one tile" if self.order.pack > 1 else ""
-        if self.tail is not None and self.tail.num_steps > 0:
-            tiles = self.tail.num_steps // self.tail.tile_steps
-            order += f", the last {tiles} in {ceil_div(self.tail.num_steps, self.tail.part_steps)} parts"
+        if self.tail is not None and self.tail.num_tiles:
+            parts = ceil_div(self.tail.num_steps, self.tail.part_steps)
+            order += f", the last {self.tail.num_tiles} in {parts} parts"
         return (
             f"{self.config.name}\n  {self.config.cpp}\n"
             f"  grid {self.grid} x {self.block} threads, {self.smem_bytes:,} B of shared memory{workspace}{order}"
@@ -383,11 +386,10 @@ def plans_around(
         gather = configs.backward_gather_config(main)
         workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=tail.places * gather.place_elems)
         # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
-        tiles_in_parts = order.num_tiles - tail.first_tile
-        num_blocks = device.num_sms if tiles_in_parts else min(order.num_tiles, device.num_sms)
+        num_blocks = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
         middle = [Plan(main, num_blocks, workspace, order, tail)]
-        if tiles_in_parts:
-            middle.append(Plan(gather, tiles_in_parts * gather.main_warps, workspace))
+        if tail.num_tiles:
+            middle.append(Plan(gather, tail.num_tiles * gather.main_warps, workspace))
     else:
         workspace = Workspace.of(p, *sizes)
         middle = [Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)]

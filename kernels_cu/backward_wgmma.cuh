@@ -64,6 +64,8 @@ struct BackwardConsumer {
     typename Steps::TilePosition tile;
 
     CUFLASH_DEVICE typename Steps::Work work() const { return steps.work(tile); }
+    // For the whole warp, no lane of which is behind: what they have read has gone into a product since, and all lanes issue
+    // products together.
     CUFLASH_DEVICE void release(u32 barrier) const {
         if (lane == 0) mbarrier_arrive(barrier);
     }

@@ -3,6 +3,10 @@
     python -m pytest -m fast tests/gpu
     compute-sanitizer --tool memcheck python -m pytest -m fast tests/gpu    (also racecheck, initcheck, synccheck)
 
+racecheck takes copies of log-sum-exps and deltas in the Hopper backward for races with what was read at their place
+before. It does not follow one lane that arrives at a barrier for its warp: a ring of two places, of a few lines, is
+reported as well where one lane arrives behind `__syncwarp`, and not where all do; nor is this kernel if all arrive.
+
 References are computed on the host, and every array is an allocation of its own, without CuPy's memory pool, so
 that a tool sees our kernels alone and notices an access one element out of place.
 """
