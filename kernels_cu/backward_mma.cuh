@@ -248,26 +248,30 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                 gemm_nt<kMma, TileK, TileQ, cfg.head_dim / step_elems(kMma), kUnroll>(
                     p, lane_address_a<TileK>(k_smem + warp_row * TileK::kSlabBytes, lane),
                     lane_address_b<TileQ>(q_smem + stage * TileQ::kBytes, lane));
+                // Scores that are changed come out in units of log2.
+                float const scale_log2 = cfg.score.changes() ? 1.f : params.scale_log2;
+                if constexpr (cfg.score.changes()) {
+#pragma unroll
+                    for (int m = 0; m < kM; ++m) {
+                        float derivative[kN][4];
+                        head_scores.template change<true>(p[m], derivative, static_cast<float>(params.scale), shape,
+                                                          current.m_block * cfg.block_m, k_begin + warp_row + 16 * m, lane);
+                        if constexpr (cfg.score.softcap) {
+#pragma unroll
+                            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                                for (int j = 0; j < 4; ++j) slope[m][n][j] = derivative[n][j];
+                        }
+                    }
+                }
 #pragma unroll
                 for (int n = 0; n < kN; ++n) {
                     uint2 const lse = ld_shared_v2(stat_lane + n * 32);
 #pragma unroll
                     for (int m = 0; m < kM; ++m)
 #pragma unroll
-                        for (int j = 0; j < 4; ++j) {
-                            float score;  // in units of log2
-                            if constexpr (cfg.score.changes()) {
-                                float derivative;
-                                score = head_scores(
-                                    p[m][n][j] * static_cast<float>(params.scale),
-                                    min(current.m_block * cfg.block_m + 8 * n + acc_col(lane, j), shape.seqlen_q - 1),
-                                    min(k_begin + warp_row + 16 * m + acc_row(lane, j), shape.seqlen_k - 1), derivative);
-                                if constexpr (cfg.score.softcap) slope[m][n][j] = derivative;
-                            } else {
-                                score = p[m][n][j] * params.scale_log2;
-                            }
-                            p[m][n][j] = exp2_approx(score - __uint_as_float(j % 2 == 0 ? lse.x : lse.y));
-                        }
+                        for (int j = 0; j < 4; ++j)
+                            p[m][n][j] = exp2_approx(p[m][n][j] * scale_log2 - __uint_as_float(j % 2 == 0 ? lse.x : lse.y));
                 }
                 if (ragged || range.needs_mask(current.m_block))
                     mask_probabilities(p, shape, k_begin + warp_row, current.m_block * cfg.block_m, lane);
@@ -344,18 +348,20 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                                     p[n][j] = fabsf(p[n][j]);
                                 }
                                 x = p[n][j] * (x - delta[n][j % 2]);
-                                if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
-                                    int const q_idx = current.m_block * cfg.block_m + 8 * (k * kTiles + n) + acc_col(lane, j);
-                                    int const k_idx = k_begin + warp_row + 16 * m + acc_row(lane, j);
-                                    // Where P is 0, hidden or past the ends, there is nothing to add.
-                                    if (params.d_bias.pointer != nullptr && x != 0.f) {
-                                        char* const target = params.d_bias.at(batch, current.head);
-                                        reduce_add<1>(reinterpret_cast<float*>(target + q_idx * params.d_bias.query_stride +
-                                                                               k_idx * params.d_bias.key_stride), &x);
-                                    }
-                                    if constexpr (cfg.score.alibi) slope_sum -= x * head_scores.distance(q_idx, k_idx);
-                                }
-                                if constexpr (cfg.score.softcap) x *= slope[n][j];
+                            }
+                        float(&x)[kTiles][4] = reinterpret_cast<float(&)[kTiles][4]>(ds[m][k * kTiles]);
+                        int const q_first = current.m_block * cfg.block_m + 8 * k * kTiles;
+                        int const k_first = k_begin + warp_row + 16 * m;
+                        if constexpr (cfg.score.bias != Bias::kNone)
+                            if (params.d_bias.pointer != nullptr)
+                                add_by_pairs(params.d_bias, params.d_bias.at(batch, current.head), x, q_first, k_first, lane);
+                        Distances<true> const distance(params.score.q_offset, q_first, k_first, lane);
+#pragma unroll
+                        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                            for (int j = 0; j < 4; ++j) {
+                                if constexpr (cfg.score.alibi) slope_sum -= x[n][j] * distance(n, j);
+                                if constexpr (cfg.score.softcap) x[n][j] *= slope[n][j];
                             }
                     }
                 }

@@ -58,6 +58,52 @@ struct PairGradients {
 CUFLASH_DEVICE void add_to(float* gmem, float x) { atomicAdd(gmem, x); }
 CUFLASH_DEVICE void add_to(double* gmem, double x) { atomicAdd(gmem, x); }
 
+// Adds gradients by what was added to scores to where they are summed up. Along axes of stride 0 the warp's own are summed
+// first: additions to one place come one after the other.
+template <class Gemm>
+CUFLASH_DEVICE void add_by_pairs(Pairs const& sums, char* origin, Gemm const& gemm, typename Gemm::TileS const& x,
+                                 int q_begin, int k_begin) {
+    using Acc = typename Gemm::Acc;
+    int const lane = threadIdx.x % 32;  // 16 columns of two groups of rows
+    bool const over_queries = sums.query_stride == 0, over_keys = sums.key_stride == 0;
+    auto add = [&](Acc value, int q_idx, int k_idx) {
+        // Where P is 0, hidden or past the ends, there is nothing to add.
+        if (value != 0)
+            add_to(reinterpret_cast<Acc*>(origin + q_idx * sums.query_stride + k_idx * sums.key_stride), value);
+    };
+    auto sum_over_columns = [](Acc sum) {
+#pragma unroll
+        for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        return sum;
+    };
+    if (over_keys) {
+        Acc total = 0;
+#pragma unroll
+        for (int j = 0; j < Gemm::kN; ++j) {
+            Acc sum = 0;
+#pragma unroll
+            for (int i = 0; i < Gemm::kM; ++i) sum += x[i][j];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+            total += sum;
+            if (!over_queries && lane < 16) add(sum, q_begin + gemm.col(j), 0);
+        }
+        total = sum_over_columns(total);
+        if (over_queries && lane == 0) add(total, 0, 0);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < Gemm::kM; ++i) {
+        Acc sum = 0;
+#pragma unroll
+        for (int j = 0; j < Gemm::kN; ++j) {
+            sum += x[i][j];
+            if (!over_queries) add(x[i][j], q_begin + gemm.col(j), k_begin + gemm.row(i));
+        }
+        sum = sum_over_columns(sum);
+        if (over_queries && lane % 16 == 0) add(sum, 0, k_begin + gemm.row(i));
+    }
+}
+
 template <BackwardSimtConfig cfg>
 CUFLASH_DEVICE void backward_simt_delta(BackwardParams const& params) {
     using E = Element<cfg.dtype>;
@@ -168,19 +214,15 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
                         // Where nothing is dropped, P is where this thread has put it.
                         Acc const weight = cfg.score.dropout ? weights[i][j] : gemm.p_at(i, j);
                         if (visible) x = weight * (d_p[i][j] * pairs.kept(q_idx, k_idx) - delta);
-                        if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
-                            if (params.d_bias.pointer != nullptr && first_column == 0 && x != 0) {
-                                char* const origin = params.d_bias.at(batch, head);
-                                add_to(reinterpret_cast<Acc*>(origin + q_idx * params.d_bias.query_stride +
-                                                              k_idx * params.d_bias.key_stride),
-                                       x);
-                            }
-                            if constexpr (cfg.score.alibi)
-                                if (visible) slope_sum -= x * pairs.scores.distance(q_idx, k_idx);
-                        }
+                        if constexpr (cfg.score.alibi)
+                            if (visible) slope_sum -= x * pairs.scores.distance(q_idx, k_idx);
+                        d_p[i][j] = x;
                         gemm.p_at(i, j) = x * derivatives[i][j];
                     }
                 }
+                if constexpr (cfg.score.bias != Bias::kNone)
+                    if (params.d_bias.pointer != nullptr && first_column == 0)
+                        add_by_pairs(params.d_bias, params.d_bias.at(batch, head), gemm, d_p, q_begin, k_begin);
             }
             gemm.multiply_nn(d_k, q, first_column, shape.head_dim);
         }

@@ -139,18 +139,11 @@ struct BackwardConsumer {
         float const scale = static_cast<float>(steps.params.scale);
         int const q_first = steps.q_begin(at);
         int const k_first = steps.k_begin(at) + 16 * warp;
-        int const q_end = steps.params.shape.seqlen_q - 1, k_end = steps.params.shape.seqlen_k - 1;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
             float derivative[2][4];
-#pragma unroll
-            for (int n = 0; n < 2; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float& x = s[0][2 * k + n][i];
-                    x = change(x * scale, min(q_first + 16 * k + 8 * n + acc_col(lane, i), q_end),
-                               min(k_first + acc_row(lane, i), k_end), derivative[n][i]);
-                }
+            float(&two)[2][4] = reinterpret_cast<float(&)[2][4]>(s[0][2 * k]);
+            change.template change<true>(two, derivative, scale, steps.params.shape, q_first + 16 * k, k_first, lane);
             if constexpr (cfg.score.softcap) acc_to_a(slope[k], derivative, 0);
         }
     }
@@ -202,20 +195,22 @@ struct BackwardConsumer {
                         weight = fabsf(weight);
                     }
                     x = weight * (x - (j % 2 == 0 ? delta.x : delta.y));
-                    if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
-                        int const q_idx = q_first + 16 * k + 8 * n + acc_col(lane, j), k_idx = k_first + acc_row(lane, j);
-                        // Where P is 0, hidden or past the ends, there is nothing to add.
-                        if (d_bias != nullptr && x != 0.f)
-                            reduce_add<1>(reinterpret_cast<float*>(d_bias + q_idx * params.d_bias.query_stride +
-                                                                   k_idx * params.d_bias.key_stride), &x);
-                        if constexpr (cfg.score.alibi) slope_sum -= x * Changes::distance(params.score, q_idx, k_idx);
-                    }
-                    if constexpr (cfg.score.softcap) {
-                        u32 const factor = slope[k].x[2 * n + j / 2];
-                        x *= j % 2 == 0 ? unpack_low<kMma>(factor) : unpack_high<kMma>(factor);
-                    }
                 }
             }
+            float(&two)[2][4] = reinterpret_cast<float(&)[2][4]>(dp[0][2 * k]);
+            if constexpr (cfg.score.bias != Bias::kNone)
+                if (d_bias != nullptr) add_by_pairs(params.d_bias, d_bias, two, q_first + 16 * k, k_first, lane);
+            Distances<true> const distance(params.score.q_offset, q_first + 16 * k, k_first, lane);
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    if constexpr (cfg.score.alibi) slope_sum -= two[n][j] * distance(n, j);
+                    if constexpr (cfg.score.softcap) {
+                        u32 const factor = slope[k].x[2 * n + j / 2];
+                        two[n][j] *= j % 2 == 0 ? unpack_low<kMma>(factor) : unpack_high<kMma>(factor);
+                    }
+                }
             acc_to_a(ds[k], dp[0], k);
         }
     }

@@ -125,18 +125,10 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
         set_zero(s);
         gemm_nt<kMma, TileQ, TileK, kStepsQK>(s, q_lane, k_lane + stage * TileK::kBytes);
         if constexpr (kChanged) {
-            float const scale = static_cast<float>(params.scale);
 #pragma unroll
             for (int m = 0; m < kM; ++m)
-#pragma unroll
-                for (int t = 0; t < kN; ++t)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        int const q_idx = q_begin + warp_row + 16 * m + acc_row(lane, i);
-                        int const k_idx = n * cfg.block_n + 8 * t + acc_col(lane, i);
-                        s[m][t][i] = head_scores(s[m][t][i] * scale, min(q_idx, shape.seqlen_q - 1),
-                                                 min(k_idx, shape.seqlen_k - 1));
-                    }
+                head_scores.template change<false>(s[m], static_cast<float>(params.scale), shape,
+                                                   q_begin + warp_row + 16 * m, n * cfg.block_n, lane);
         } else if (params.score_sign < 0.f) {
             float flip[kM][2];
 #pragma unroll

@@ -304,14 +304,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             if constexpr (!kChanged) return;
             int row = warp_row;
             opaque(row);
-#pragma unroll
-            for (int t = 0; t < kN; ++t)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    int const q_idx = min(q_begin + row + acc_row(lane, i), shape.seqlen_q - 1);
-                    int const k_idx = min(n * cfg.block_n + 8 * t + acc_col(lane, i), shape.seqlen_k - 1);
-                    s[0][t][i] = head_scores(s[0][t][i] * static_cast<float>(params.scale), q_idx, k_idx);
-                }
+            head_scores.template change<false>(s[0], static_cast<float>(params.scale), shape, q_begin + row, n * cfg.block_n,
+                                               lane);
         };
         // Dropped weights become 0, when their sums have been taken.
         auto drop = [&](float (&s)[1][kN][4], int n) {

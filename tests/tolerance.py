@@ -15,9 +15,9 @@ for other orders of summation, and scores rounded elsewhere, whose absolute erro
 the probability; gradients start, on top of that, from an `out` that was rounded. `magnitude` is the largest value of
 the result's formula with the terms of every sum added in quadrature, so that none of them cancel, or of the result
 itself where that is larger: equal terms are rounded alike. Weights are rounded, too, and below the normal numbers of a
-dtype absolutely. With a bias or slopes, what they add counts as a score of
-its own, where weights are not 0 altogether: |score| + |bias| + |slope * distance|. The accumulator of 16-bit inputs
-being float32, the first part of the slack matters for float32 and float64 only.
+dtype absolutely. With a bias or slopes, what they add counts as a score of its own, where weights are not 0 altogether:
+|score| + |bias| + |slope * distance|; so does a sink. The accumulator of 16-bit inputs being float32, the first part of
+the slack matters for float32 and float64 only.
 
 An element of `reference` that is not finite must not be finite in `actual`, and the other way round.
 """
@@ -102,6 +102,8 @@ class Yardstick:
         if added:
             counts = self._squares > eps(np.float64) ** 4
             self._max_score += _largest(xp.where(counts, sum(abs(x) for x in added), 0.0))
+        if score.sinks is not None:
+            self._max_score = max(self._max_score, _largest(self._finite(score.sinks)))
         # What the squares of weights become by dropout.
         self._dropout = self._grouped(xp.zeros(self._shape) + ref._dropout(score, q, k) ** 2)
 
