@@ -451,6 +451,16 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             release_k(ring);
             mask(s, n);
             if (softmax.unseen) softmax.settle(s[0], scale_log2());
+            // Biases that depend on the distance grow from block to block, and weights that are too large cost a product.
+            if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
+                if (softmax.has_outgrown(s[0], scale_log2())) {
+                    float alpha[1][2];
+                    softmax.raise(s[0], alpha[0], scale_log2());
+                    warpgroup_wait<0>();
+                    warpgroup_pin(o[0]);
+                    scale_rows(o, alpha);
+                }
+            }
             softmax.weigh(s[0], sum, scale_log2());
             bool const accepted = softmax.accept(sum);
             if (must_wait(ready, sum)) {

@@ -194,27 +194,28 @@ struct HeadScores {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) body(s[n][i], n, i);
         };
+        // In units of log2 from the start.
+        float const softcap = static_cast<float>(params.softcap), unit = kLog2E * (cfg.softcap ? softcap : scale);
+        float const factor = scale / softcap;
         for_each([&](float& x, int n, int i) {
-            x *= scale;
             derivative[n][i] = 1.f;
             if constexpr (cfg.softcap) {
-                float const softcap = static_cast<float>(params.softcap);
-                float const y = kIs16Bit ? tanh_of_1(x / softcap) : tanh_acc(x / softcap);
-                x = softcap * y;
-                derivative[n][i] = 1.f - y * y;
+                x = kIs16Bit ? tanh_of_1(x * factor) : tanh_acc(x * factor);
+                derivative[n][i] = 1.f - x * x;
             }
+            x *= unit;
         });
         if constexpr (cfg.bias != Bias::kNone) {
             using E = Element<bias_dtype(cfg.bias)>;
             for_each_pair<kTransposed, typename E::Stored, kN>(
                 params.bias, bias, shape, q_first, k_first, lane,
-                [&](int n, int i, typename E::Stored x) { s[n][i] += static_cast<float>(E::widen(x)); });
+                [&](int n, int i, typename E::Stored x) { s[n][i] += static_cast<float>(E::widen(x)) * kLog2E; });
         }
         if constexpr (cfg.alibi) {
             Distances<kTransposed> const distance(params.q_offset, q_first, k_first, lane);
-            for_each([&](float& x, int n, int i) { x -= slope * distance(n, i); });
+            float const slope_log2 = static_cast<float>(slope) * kLog2E;
+            for_each([&](float& x, int n, int i) { x -= slope_log2 * distance(n, i); });
         }
-        for_each([&](float& x, int, int) { x *= kLog2E; });
         if constexpr (cfg.mask) {
             for_each_pair<kTransposed, unsigned char, kN>(params.mask, mask, shape, q_first, k_first, lane,
                                                           [&](int n, int i, unsigned char is_visible) {

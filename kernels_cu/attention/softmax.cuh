@@ -92,6 +92,7 @@ struct OnlineSoftmax {
 // vanish.
 struct EagerSoftmax {
     static constexpr float kLimit = 16384.f;  // of the weights of one lane and tile; float16 holds each of them
+    static constexpr float kSlackLog2 = 7.f;  // of one weight, so that not even all of them together are too large
 
     float shift[2];    // log2 units; +inf for a row that has seen no key, whose weights therefore are 0
     float row_sum[2];  // this lane's part only, until `finish`
@@ -135,6 +136,20 @@ struct EagerSoftmax {
             row_sum[h] = lane % 4 == 0 ? exp2_approx(score_log2 - shift[h]) : 0.f;
         }
         unseen = false;
+    }
+
+    // Whether scores of a row of the warp are far above its shift.
+    template <int kN>
+    CUFLASH_DEVICE bool has_outgrown(float const (&s)[kN][4], float scale_log2) const {
+        bool grew = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float top = -infinity();
+#pragma unroll
+            for (int i = 0; i < 2 * kN; ++i) top = fmaxf(top, s[i / 2][2 * h + i % 2] * scale_log2);
+            grew |= top - shift[h] > kSlackLog2;
+        }
+        return __any_sync(0xffffffffu, grew);
     }
 
     // Moves the shift up to the maximum; alpha is what sums so far have to be multiplied by.
