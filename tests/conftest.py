@@ -79,7 +79,7 @@ def _compile_in_parallel(request: pytest.FixtureRequest) -> None:
             for item in request.session.items
             if isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.get_closest_marker("gpu")
             for argument in item.callspec.params.values()
-            if isinstance(argument, harness.Case)
+            if isinstance(argument, harness.Case | harness.ScoreFamily)
         }
         if len(cases) > 20:
             with ThreadPoolExecutor() as pool:

@@ -6,13 +6,18 @@ References run on the GPU too (through CuPy, which needs cuBLAS for that), so th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cuflash
+from cuflash import compile as compiler
+from cuflash import plan
+from cuflash.problem import Features, Problem
 from tests.strategies import DTYPES, STORAGES, Case, make_operands
 from tests.tolerance import Yardstick
 
@@ -113,9 +118,52 @@ def every_case() -> list[Any]:
     return [pytest.param(case, id=f"{name}-{case}") for name, group in CASES.items() for case in group]
 
 
-def warm(case: Case) -> None:
-    """Compile the kernels of a case, by calling them. What goes wrong here, the test itself reports."""
+@dataclass(frozen=True)
+class ScoreFamily:
+    """Calls that may share kernels: a dtype, a path (`CUFLASH_KERNEL`), a head_dim, and names of options of scores."""
+
+    dtype: str
+    path: str
+    head_dim: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.path}-{self.head_dim}-{'+'.join(self.names)}"
+
+    @property
+    def bias_dtype(self) -> str:
+        """A kernel knows the bias by its dtype: that of the operands, or float32."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
+
+    @property
+    def sum_dtype(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def plans(self) -> Iterator[plan.Plan]:
+        """Plans of few and of many queries, in rows that are copied by vectors or by elements."""
+        has = self.names.__contains__
+        features = Features(
+            2.0 if has("softcap") else None, has("mask"), self.bias_dtype if has("bias") else None,
+            self.sum_dtype if has("alibi_slopes") else None, 0, self.sum_dtype if has("sinks") else None,
+            0.1 if has("dropout") else 0.0,
+        )  # fmt: skip
+        device = plan.DeviceInfo.current(0)
+        for seqlen, is_vectorized in itertools.product((20, 200), (True, False)):
+            problem = Problem(
+                self.dtype, 2, 4, 2, seqlen, seqlen, self.head_dim, self.head_dim, 1.0, features=features,
+                vectorized=is_vectorized,
+            )  # fmt: skip
+            yield plan.plan_forward(problem, device, self.path)
+            yield from plan.plan_backward(problem, device, self.path)
+
+
+def warm(case: Case | ScoreFamily) -> None:
+    """Compile the kernels of a case. What goes wrong here, the test itself reports."""
     with contextlib.suppress(Exception):
+        if isinstance(case, ScoreFamily):
+            for each in case.plans():
+                compiler.load(each.config, 0)
+            return
         q, k, v, d_out = make_operands(case, cupy.asarray)
         out, lse = cuflash.attention(q, k, v, return_lse=True, **case.options)
         cuflash.attention_backward(d_out, q, k, v, out, lse, **case.options)

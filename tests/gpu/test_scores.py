@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import cuflash
 from cuflash import arrays, reference, rng
 from cuflash.scores import Score
-from tests.gpu.harness import cupy
+from tests.gpu.harness import ScoreFamily, cupy
 from tests.strategies import DTYPES, Case, cases, make_operands
 from tests.tolerance import Yardstick
 
@@ -29,17 +29,17 @@ SETS = (
     ("mask", "bias", "alibi_slopes", "sinks", "softcap", "dropout"),
 )
 #: Paths (`CUFLASH_KERNEL`) that a dtype can take beside the planner's own.
-FAMILIES = {
+PATHS = {
     "float16": ("auto", "mma", "simt"),
     "bfloat16": ("auto",),
     "float32": ("auto", "simt"),
     "float64": ("auto",),
 }
 EVERY = [
-    (dtype, family, dim, names)
+    ScoreFamily(dtype, path, dim, names)
     for dtype in DTYPES
-    for family in FAMILIES[dtype]
-    for dim in ((64, 128) if family == "auto" else (64,))
+    for path in PATHS[dtype]
+    for dim in ((64, 128) if path == "auto" else (64,))
     for names in SETS
 ]
 
@@ -51,8 +51,9 @@ def broadcastable(draw: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @st.composite
-def scores(draw: Any, case: Case, names: tuple[str, ...]) -> Score:
-    """Options of those names, with arrays on the device."""
+def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
+    """The family's options, with arrays on the device."""
+    names = family.names
     numbers = np.random.default_rng(draw(st.integers(0, 999)))
     pairs = (case.batch, case.num_heads, case.seqlen_q, case.seqlen_k)
     made: dict[str, Any] = {}
@@ -60,11 +61,10 @@ def scores(draw: Any, case: Case, names: tuple[str, ...]) -> Score:
         made["mask"] = numbers.random(broadcastable(draw, pairs)) < draw(st.sampled_from((0.1, 0.7, 0.95)))
     if "bias" in names:
         bias = draw(st.sampled_from((1.0, 10.0))) * numbers.standard_normal(broadcastable(draw, pairs))
-        # The kernel knows the bias by its dtype: that of the operands, or float32.
-        made["bias"] = bias.astype(np.float32 if case.dtype == "bfloat16" else case.dtype)
+        made["bias"] = bias.astype(family.bias_dtype)
     if "alibi_slopes" in names:
         shape = draw(st.sampled_from(((case.num_heads,), (case.batch, case.num_heads))))
-        made["alibi_slopes"] = numbers.random(shape).astype(np.float64 if case.dtype == "float64" else np.float32) / 4
+        made["alibi_slopes"] = numbers.random(shape).astype(family.sum_dtype) / 4
     if "sinks" in names:
         made["sinks"] = draw(st.sampled_from((1.0, 5.0))) * numbers.standard_normal(case.num_heads)
     if "softcap" in names:
@@ -78,24 +78,18 @@ def scores(draw: Any, case: Case, names: tuple[str, ...]) -> Score:
     return Score(**made)._replace(q_offset=q_offset)
 
 
-@pytest.mark.parametrize(("dtype", "family", "dim", "names"), EVERY, ids=str)
+@pytest.mark.parametrize("family", EVERY, ids=str)
 @settings(max_examples=40)
 @given(data=st.data(), with_d_lse=st.booleans())
-def test_any_call(
-    dtype: str,
-    family: str,
-    dim: int,
-    names: tuple[str, ...],
-    data: st.DataObject,
-    with_d_lse: bool,
-) -> None:
+def test_any_call(family: ScoreFamily, data: st.DataObject, with_d_lse: bool) -> None:
+    dims = st.just((family.head_dim, family.head_dim))
     case = data.draw(
-        cases(dtypes=(dtype,), dims=st.just((dim, dim)), storages=("contiguous", "padded", "sliced"), max_seqlen=200)
+        cases(dtypes=(family.dtype,), dims=dims, storages=("contiguous", "padded", "sliced"), max_seqlen=200)
         .filter(lambda case: case.seqlen_q * case.seqlen_k > 0)
     )  # fmt: skip
-    score = data.draw(scores(case, names))
+    score = data.draw(scores(case, family))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUFLASH_KERNEL", family)
+        patch.setenv("CUFLASH_KERNEL", family.path)
         arrays.framework_of(q=cupy.zeros(1)).prepared.clear()  # a call that was prepared for another path
         check(case, score, with_d_lse=with_d_lse)
 
@@ -124,11 +118,11 @@ def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
     yardstick.assert_backward(arranged[3], gradients, d_lse=d_lse)
 
 
-@pytest.mark.parametrize("family", ["auto", "mma", "simt"])
+@pytest.mark.parametrize("path", ["auto", "mma", "simt"])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_dropout_mask_is_the_same_everywhere(dim: int, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_mask_is_the_same_everywhere(dim: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With equal scores and values that tell the keys apart, out says which weights were kept."""
-    monkeypatch.setenv("CUFLASH_KERNEL", family)
+    monkeypatch.setenv("CUFLASH_KERNEL", path)
     arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
     shape, seed, dropout_p = (2, 3, 150, dim), 987654321, 0.3
     q = cupy.zeros(shape, np.float16)
