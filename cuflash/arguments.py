@@ -469,6 +469,19 @@ def _call(
         )
         for each in (given, gradients)
     )
+    deterministic = _check_bool(options.deterministic, "deterministic")
+    if deterministic and shapes.device != CPU and gradients.bias is not None:
+        depth = len(loop)
+        _check_fixed_order(gradients.bias[depth + 1 :], shapes)
+        if gradients.bias[depth] == 0 and batch > 1:
+            # Entries of one launch would add to the gradient in any order; launches come one after the other.
+            loop, batch = (*loop, batch), 1
+
+            def one_by_one(own: tuple[int, ...]) -> tuple[int, ...]:
+                return (*own[: depth + 1], 0, *own[depth + 1 :])
+
+            strides = tuple(map(one_by_one, strides))
+            given, gradients = (each.map(one_by_one)._replace(sinks=each.sinks) for each in (given, gradients))
     itemsize = ITEMSIZE[shapes.dtype]
     is_vectorized = all(operand.is_aligned for operand in operands) and not any(
         stride * itemsize % ALIGNMENT for stride in (shapes.head_dim, shapes.head_dim_v, *sum(strides, ()))
@@ -486,7 +499,7 @@ def _call(
         band=_check_band(options, shapes.seqlen_q, shapes.seqlen_k),
         features=_check_features(options, extras, shapes),
         precision=_check_precision(options.precision, shapes.dtype, shapes.device),
-        deterministic=_check_bool(options.deterministic, "deterministic"),
+        deterministic=deterministic,
         vectorized=is_vectorized,
         mappable=all(0 <= stride * itemsize < STRIDE_LIMIT for stride in sum(strides, ())),
     )
@@ -504,6 +517,16 @@ def _call(
         itemsizes=itemsizes,
         d_extras=gradients,
     )
+
+
+def _check_fixed_order(d_bias: tuple[int, ...], shapes: _Shapes) -> None:
+    """Check that the gradient by the bias, of these strides (head, query, key), can be summed in a fixed order."""
+    head, _, key = d_bias
+    if (head == 0 and shapes.num_heads > 1) or (key == 0 and shapes.seqlen_k > 1):
+        raise NotImplementedError(
+            "deterministic: got True for the gradient by a bias that is broadcast over heads or keys, which a GPU sums "
+            "in no fixed order yet; wanted a bias that has these axes, False, or arrays on the CPU"
+        )
 
 
 def _check_extras(extras: Extras, q: ArrayView, shapes: _Shapes) -> Extras:

@@ -83,8 +83,7 @@ def attention(
     v : array, shape (..., heads_kv, seqlen_k, head_dim_v)
         Values; ``head_dim_v`` may differ from ``head_dim``.
     mask : array of bool, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
-        True where a query sees a key, in either layout. A GPU does not serve this option, nor `bias`, `softcap`,
-        `alibi_slopes`, `sinks` and dropout, yet: NotImplementedError.
+        True where a query sees a key, in either layout.
     bias : array of floats, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
         Added to the scores; any strides. It may be of another dtype than `q`. -inf hides a key.
     is_causal : bool, default False
@@ -262,7 +261,9 @@ def attention_backward(
 precision
         The options of the forward call.
     deterministic : bool, default False
-        Whether the gradients are reproducible to the bit, at some cost in speed.
+        Whether the gradients are reproducible to the bit, at some cost in speed. On a GPU a bias that is broadcast over
+        batch axes then takes a launch per entry, and one that is broadcast over heads or keys raises
+        NotImplementedError where its gradient is asked for.
 
     Returns
     -------
@@ -800,11 +801,6 @@ class _DeviceBackward(_Device):
 
         self.offsets: tuple[tuple[int, ...], ...] = ()
         self.workspace_bytes = 0
-        if self.call.problem.deterministic and self.call.d_extras.bias is not None:
-            raise NotImplementedError(
-                "deterministic: got True for a call with a gradient by its bias, which a GPU sums in no fixed order "
-                "yet; wanted False, or compute on the CPU instead"
-            )
         if self.call.has_pairs:
             d_bias = self.per_launch(self.call.d_extras).bias
             self.launch = launch.BackwardCall(

@@ -572,8 +572,32 @@ def test_device_calls_change_scores_as_host_calls_do(device, shapes, extras, lay
         assert actual.dtype == desired.dtype
         np.testing.assert_allclose(actual, desired, rtol=1e-6 if desired.dtype == np.float32 else 1e-12, atol=1e-12)
     assert device.log == [("forward", 1, 7)] * launches + [("backward", 1, 7)] * launches
-    with pytest.raises(NotImplementedError, match=r"deterministic: got True .* bias"):
-        cuflash.attention_backward(*operands, **there, **options, deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("bias", "launches"), [((3, 4, 5, 7), 1), ((4, 5, 7), 3), ((3, 4, 1, 7), 1), ((4, 1, 7), 3)], ids=str
+)
+def test_gradient_by_a_shared_bias_in_a_fixed_order_takes_a_launch_per_entry(device, bias, launches):
+    q, d_out = random(3, 4, 5, 8), random(3, 4, 5, 8, seed=1)
+    k, v = random(2, 3, 2, 7, 8, seed=2)
+    bias = random(*bias, seed=3)
+    out, lse = cuflash.attention(q, k, v, bias=bias, return_lse=True)
+    wanted = cuflash.attention_backward(d_out, q, k, v, out, lse, bias=bias)
+    operands = [x.view(DeviceArray) for x in (d_out, q, k, v, out, lse)]
+    found = cuflash.attention_backward(*operands, bias=bias.view(DeviceArray), deterministic=True)
+    for actual, desired in zip(found[:4], wanted[:4], strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-12, atol=1e-12)
+    assert len(device.log) == launches
+
+
+@pytest.mark.parametrize("bias", [(1, 5, 7), (4, 5, 1)], ids=str)
+def test_gradient_by_a_bias_that_has_no_fixed_order(device, bias):
+    q = random(3, 4, 5, 8).view(DeviceArray)
+    k = random(3, 4, 7, 8).view(DeviceArray)
+    bias = random(*bias, seed=3).view(DeviceArray)
+    out, lse = cuflash.attention(q, k, k, bias=bias, return_lse=True, deterministic=True)
+    with pytest.raises(NotImplementedError, match=r"deterministic: got True .* broadcast over heads or keys"):
+        cuflash.attention_backward(q, q, k, k, out, lse, bias=bias, deterministic=True)
 
 
 def test_seeds_are_no_new_prepared_calls(device):

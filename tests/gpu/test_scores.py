@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import cuflash
 from cuflash import arrays, reference, rng
 from cuflash.scores import Score
-from tests.gpu.harness import ScoreFamily, cupy
+from tests.gpu.harness import ScoreFamily, assert_same_bits, cupy
 from tests.strategies import DTYPES, Case, cases, make_operands
 from tests.tolerance import Yardstick
 
@@ -116,6 +116,21 @@ def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
     d_slopes = None if slopes is None else found.d_alibi_slopes.reshape(-1, case.num_heads)
     gradients = reference.Gradients(*arranged[5:], found.d_bias, d_slopes, found.d_sinks)
     yardstick.assert_backward(arranged[3], gradients, d_lse=d_lse)
+
+
+@pytest.mark.parametrize("path", ["auto", "mma", "simt"])
+@pytest.mark.parametrize("shape", [(3, 4, 200, 300), (4, 200, 300), (4, 1, 300)], ids=str)
+def test_gradient_by_bias_in_a_fixed_order(shape: tuple[int, ...], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUFLASH_KERNEL", path)
+    arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
+    draw = cupy.random.default_rng(0)
+    q, d_out = draw.standard_normal((2, 3, 4, 200, 64)).astype(np.float16)
+    k, v = draw.standard_normal((2, 3, 2, 300, 64)).astype(np.float16)
+    options = {"bias": draw.standard_normal(shape).astype(np.float16), "deterministic": True}
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+    first, *others = (cuflash.attention_backward(d_out, q, k, v, out, lse, **options) for _ in range(20))
+    for other in others:
+        assert_same_bits(other[:4], first[:4])
 
 
 @pytest.mark.parametrize("path", ["auto", "mma", "simt"])
