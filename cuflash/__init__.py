@@ -4,8 +4,8 @@
 speaks DLPack; the result lives where the inputs live.
 """
 
-from .functional import Gradients, attention, attention_backward, merge_attention
+from .functional import Gradients, attention, attention_backward, dropout_mask, merge_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["Gradients", "attention", "attention_backward", "merge_attention"]
+__all__ = ["Gradients", "attention", "attention_backward", "dropout_mask", "merge_attention"]

@@ -121,6 +121,27 @@ def check_seed(seed: Any, dropout_p: Any) -> int:
         raise TypeError(f"seed: got {seed!r}, wanted an integer") from None
 
 
+def check_dropout_p(dropout_p: Any) -> float:
+    """The probability of dropping a weight."""
+    if not isinstance(dropout_p, Real) or isinstance(dropout_p, bool):
+        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, wanted a real number")
+    dropout_p = float(dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, wanted a probability in [0, 1)")
+    return dropout_p
+
+
+def check_weights_shape(shape: Any) -> tuple[int, ...]:
+    """(..., heads, seqlen_q, seqlen_k)."""
+    try:
+        lengths = tuple(map(operator.index, shape))
+    except TypeError:
+        raise TypeError(f"shape: got {shape!r}, wanted integers, (..., heads, seqlen_q, seqlen_k)") from None
+    if len(lengths) < 3 or min(lengths) < 0:
+        raise ValueError(f"shape: got {lengths}, wanted (..., heads, seqlen_q, seqlen_k), none of them negative")
+    return lengths
+
+
 def forward(
     q: ArrayView,
     k: ArrayView,
@@ -622,7 +643,7 @@ def _check_features(options: Options, extras: Extras, shapes: _Shapes) -> Featur
         alibi_slopes=dtypes.alibi_slopes,
         q_offset=q_offset,
         sinks=dtypes.sinks,
-        dropout_p=_check_dropout_p(options.dropout_p),
+        dropout_p=check_dropout_p(options.dropout_p),
     )
 
 
@@ -635,15 +656,6 @@ def _check_softcap(softcap: Any) -> float | None:
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap: got {softcap}, wanted a finite number above 0, or None for no cap")
     return softcap
-
-
-def _check_dropout_p(dropout_p: Any) -> float:
-    if not isinstance(dropout_p, Real) or isinstance(dropout_p, bool):
-        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, wanted a real number")
-    dropout_p = float(dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: got {dropout_p}, wanted a probability in [0, 1)")
-    return dropout_p
 
 
 def _check_scale(scale: Any, head_dim: int) -> float:

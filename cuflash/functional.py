@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy
 from numpy.lib.stride_tricks import as_strided
 
-from . import arguments, arrays, cpu
+from . import arguments, arrays, cpu, rng
 from .arguments import Call, Options
 from .arrays import CPU, Framework
 from .problem import ITEMSIZE, Features
@@ -152,6 +152,7 @@ def attention(
     --------
     attention_backward : the gradients. PyTorch users need not call it: `attention` is differentiable, `lse` included.
     merge_attention : joins results over disjoint sets of keys.
+    dropout_mask : the weights that dropout keeps.
 
     Notes
     -----
@@ -402,6 +403,54 @@ def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]
     out = functools.reduce(operator.add, terms) / total[..., None]
     lse = xp.where(sees_nothing, -math.inf, lse_max + xp.log(total))
     return cast(out, out_dtype), cast(lse, lse_dtype)
+
+
+def dropout_mask(seed: int, dropout_p: float, shape: Sequence[int]) -> numpy.ndarray:
+    """Which weights dropout keeps: exactly those of a call with this seed, on every device.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the call, 64 bits.
+    dropout_p : float
+        Probability in [0, 1) of dropping a weight.
+    shape : sequence of int, (..., heads, seqlen_q, seqlen_k)
+        Shape of the weights, in either layout. A weight's fate depends on where it stands: batch axes are counted in C
+        order, and the same (batch, head, query, key) of a larger shape is kept or dropped alike.
+
+    Returns
+    -------
+    numpy.ndarray of bool
+        True where a weight is kept, and multiplied by ``1 / (1 - dropout_p)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``attention`` does, and for a shape of less than three axes or with negative lengths.
+
+    Notes
+    -----
+    The probability of keeping is ``1 - dropout_p`` rounded to a multiple of 2 ** -16. The generator is Philox4x32 with
+    seven rounds [1]_; one call of it serves eight weights.
+
+    References
+    ----------
+    .. [1] J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 6, 8))  # 4 heads of 6 rows of 8 elements
+    >>> kept = cuflash.dropout_mask(7, 0.25, (4, 6, 6))
+    >>> scores = q @ k.swapaxes(-1, -2) * 8**-0.5
+    >>> weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    >>> out = cuflash.attention(q, k, v, dropout_p=0.25, seed=7)
+    >>> bool(np.allclose(out, (weights * kept / 0.75) @ v))
+    True
+    """
+    dropout_p = arguments.check_dropout_p(dropout_p)
+    return rng.dropout_mask(arguments.check_seed(seed, dropout_p), dropout_p, arguments.check_weights_shape(shape))
 
 
 # --- one call: look up or prepare, allocate, launch -------------------------------------------------------------

@@ -581,10 +581,11 @@ def test_gradient_by_a_shared_bias_in_a_fixed_order_takes_a_launch_per_entry(dev
     q, d_out = random(3, 4, 5, 8), random(3, 4, 5, 8, seed=1)
     k, v = random(2, 3, 2, 7, 8, seed=2)
     bias = random(*bias, seed=3)
-    out, lse = cuflash.attention(q, k, v, bias=bias, return_lse=True)
-    wanted = cuflash.attention_backward(d_out, q, k, v, out, lse, bias=bias)
+    dropout = {"dropout_p": 0.25, "seed": 5}
+    out, lse = cuflash.attention(q, k, v, bias=bias, return_lse=True, **dropout)
+    wanted = cuflash.attention_backward(d_out, q, k, v, out, lse, bias=bias, **dropout)
     operands = [x.view(DeviceArray) for x in (d_out, q, k, v, out, lse)]
-    found = cuflash.attention_backward(*operands, bias=bias.view(DeviceArray), deterministic=True)
+    found = cuflash.attention_backward(*operands, bias=bias.view(DeviceArray), deterministic=True, **dropout)
     for actual, desired in zip(found[:4], wanted[:4], strict=True):
         np.testing.assert_allclose(actual, desired, rtol=1e-12, atol=1e-12)
     assert len(device.log) == launches

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cuflash
 from cuflash import rng
 
 #: Of the authors' reference implementation (Random123, kat_vectors): rounds, counter, key, result.
@@ -69,9 +70,25 @@ def test_independence():
 
 def test_extremes_and_empty_shapes():
     assert rng.dropout_mask(0, 0.0, (3, 5, 7)).all()
+    np.testing.assert_array_equal(cuflash.dropout_mask(-3, 0.5, [3, 5, 7]), rng.dropout_mask(2**64 - 3, 0.5, (3, 5, 7)))
     assert rng.dropout_mask(0, 0.5, (0, 2, 3, 4)).shape == (0, 2, 3, 4)
     assert rng.dropout_mask(0, 0.5, (2, 0, 3)).shape == (2, 0, 3)
     # Batch axes are one, in C order.
     np.testing.assert_array_equal(
         rng.dropout_mask(4, 0.5, (2, 3, 1, 20, 20)).reshape(6, 1, 20, 20), rng.dropout_mask(4, 0.5, (6, 1, 20, 20))
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((1.5, 0.5, (2, 3, 4)), TypeError, "seed: got 1.5, wanted an integer"),
+        ((1, 1.0, (2, 3, 4)), ValueError, r"dropout_p: got 1.0, wanted a probability in \[0, 1\)"),
+        ((1, 0.5, (3, 4)), ValueError, r"shape: got \(3, 4\), wanted \(..., heads, seqlen_q, seqlen_k\)"),
+        ((1, 0.5, (2, -3, 4)), ValueError, "none of them negative"),
+        ((1, 0.5, 5), TypeError, "shape: got 5, wanted integers"),
+    ],
+)
+def test_wrong_arguments_of_the_public_mask(arguments, error, text):
+    with pytest.raises(error, match=text):
+        cuflash.dropout_mask(*arguments)
