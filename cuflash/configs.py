@@ -8,7 +8,7 @@ kernel. What is not a field (lengths, strides, scale, window) is a run-time para
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import ClassVar
 
 from .problem import ITEMSIZE, Features
@@ -140,6 +140,10 @@ class ScoreConfig:
         return cls(
             f.softcap is not None, f.mask, f.bias, f.alibi_slopes is not None, f.sinks is not None, f.dropout_p > 0
         )
+
+    def any(self) -> bool:
+        """Whether anything is done."""
+        return self != ScoreConfig()
 
     @property
     def name(self) -> str:
@@ -633,6 +637,20 @@ _FORWARD_SM100: dict[tuple[int, int], tuple[int, int, int, int]] = {
 _FORWARD_TIGHT = {(4, 99, 256)}
 
 
+# Where scores or weights are changed, by element bytes, shared memory and head_dim: that takes registers. Not measured
+# yet: the largest tiles without spills.
+_FORWARD_SCORES: dict[tuple[int, int, int], tuple[int, int, int, int]] = {
+    **{(2, size, dim): (128, 64, 8, 1) for size in (227, 163) for dim in (32, 64, 96, 128, 192)},
+    (2, 99, 32): (128, 64, 8, 1),
+    (2, 99, 256): (64, 16, 4, 1),
+    (2, 64, 64): (128, 64, 8, 1),
+    (4, 227, 128): (64, 16, 4, 1),
+    (4, 227, 256): (64, 16, 4, 1),
+    (4, 163, 192): (64, 32, 4, 1),
+}
+_FORWARD_SCORES_TIGHT = {(4, 99, 192)}
+
+
 def _smem_class(arch: int) -> int:
     """The tables' entry for an architecture: the largest that fits its shared memory."""
     return max(size for size in _FORWARD_16BIT if size * 1024 <= smem_limit(arch))
@@ -658,12 +676,18 @@ def _copy(arch: int, vectorized: bool) -> str:
     return "element" if not vectorized else "async" if arch >= 80 else "vector"
 
 
-def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vectorized: bool) -> ForwardMmaConfig:
+def forward_mma_config(
+    mma: str, arch: int, head_dim: int, head_dim_v: int, vectorized: bool, score: ScoreConfig = ScoreConfig()
+) -> ForwardMmaConfig:
     """The row of the table for one architecture; `head_dim`s are padded ones."""
     elem_bytes, size, dim = _elem_bytes(mma), _smem_class(arch), max(head_dim, head_dim_v)
     row = (_FORWARD_16BIT if elem_bytes == 2 else _FORWARD_32BIT)[size][dim]
     if arch == 100:
         row = _FORWARD_SM100.get((elem_bytes, dim), row)
+    tight = _FORWARD_TIGHT
+    if score.any():
+        row = _FORWARD_SCORES.get((elem_bytes, size, dim), row)
+        tight = _FORWARD_TIGHT | _FORWARD_SCORES_TIGHT
     block_m, block_n, num_warps, min_blocks = row
     return ForwardMmaConfig(
         mma,
@@ -674,7 +698,8 @@ def forward_mma_config(mma: str, arch: int, head_dim: int, head_dim_v: int, vect
         block_n,
         num_warps,
         min_blocks=min_blocks,
-        tuned=vectorized and (elem_bytes, size, dim) not in _FORWARD_TIGHT,
+        tuned=vectorized and (elem_bytes, size, dim) not in tight,
+        score=score,
     )
 
 
@@ -693,19 +718,34 @@ _FORWARD_WGMMA: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] = {
 }
 
 
+# Where scores or weights are changed: fewer keys at a time, which leaves registers for it. Costs are not measured yet.
+_FORWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] = {
+    (32, 32): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (64, 64): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (96, 96): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (128, 128): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (192, 128): (64, ((128, 3, 1, False, 1.0), (64, 3, 2, False, 0.6))),
+    (192, 192): (64, ((128, 2, 1, False, 1.0), (64, 3, 1, False, 0.6))),
+    (256, 256): (32, ((128, 3, 1, False, 1.0), (64, 4, 2, False, 0.6))),
+}
+
+
 def forward_wgmma_configs(
-    mma: str, head_dim: int, head_dim_v: int, vectorized: bool
+    mma: str, head_dim: int, head_dim_v: int, vectorized: bool, score: ScoreConfig = ScoreConfig()
 ) -> list[tuple[ForwardWgmmaConfig, float]]:
     """The rows of the table, each with the cost of a tile; `head_dim`s are padded ones.
 
     The rows of one entry give the same bits: they differ in nothing that rounding depends on.
     """
-    block_n, rows = _FORWARD_WGMMA[head_dim, head_dim_v]
+    block_n, rows = (_FORWARD_WGMMA_SCORES if score.any() else _FORWARD_WGMMA)[head_dim, head_dim_v]
     copy = "tma" if vectorized else "element"
+    # Copying element by element takes registers that three consumers do not leave.
+    most = 192 if vectorized else 128
+    dims = head_dim, head_dim_v
     return [
-        (ForwardWgmmaConfig(mma, copy, head_dim, head_dim_v, block_m, block_n, stages, q_stages, ping_pong), cost)
+        (ForwardWgmmaConfig(mma, copy, *dims, block_m, block_n, stages, q_stages, ping_pong, score=score), cost)
         for block_m, stages, q_stages, ping_pong, cost in rows
-        if vectorized or block_m < 192  # copying element by element takes registers that three consumers do not leave
+        if block_m <= most
     ]
 
 
@@ -782,20 +822,50 @@ _BACKWARD_DETERMINISTIC = {
 
 
 # Rows that are not worth more than being right: no tile of that size fits without spilling registers.
-_BACKWARD_TIGHT = {(64, 256)}
+_BACKWARD_TIGHT = {(2, 64, 256)}
+
+# As for the forward; the last ones are for an architecture whose compiler needs more registers.
+_BACKWARD_SCORES: dict[tuple[int, int, int], tuple[int, int, int, int, int, int]] = {
+    **{(2, size, dim): (64, 64, 8, 2, 2, 1) for size in (227, 163) for dim in (32, 64, 96, 128)},
+    **{(2, size, 192): (32, 64, 8, 1, 2, 1) for size in (227, 163)},
+    (2, 99, 32): (64, 64, 8, 2, 2, 1),
+    (2, 99, 64): (64, 64, 8, 2, 2, 1),
+    (2, 99, 96): (64, 64, 8, 1, 2, 1),
+    (2, 99, 128): (32, 64, 8, 1, 2, 1),
+    (2, 64, 32): (64, 64, 8, 2, 2, 1),
+    (2, 64, 64): (64, 64, 8, 1, 2, 1),
+    (2, 64, 96): (32, 32, 4, 1, 2, 1),
+    (4, 163, 32): (32, 64, 4, 2, 2, 1),
+    (4, 163, 192): (16, 32, 4, 1, 1, 1),
+    (4, 99, 32): (32, 64, 4, 2, 2, 1),
+}
+_BACKWARD_SCORES_SM100 = {64: (32, 64, 8, 1, 2, 1), 96: (32, 32, 4, 1, 2, 1), 128: (32, 64, 8, 1, 2, 1)}
+_BACKWARD_SCORES_TIGHT = {(4, 163, 32), (4, 163, 256), (4, 99, 256)}
 
 
 def backward_mma_config(
-    mma: str, arch: int, head_dim: int, head_dim_v: int, vectorized: bool, deterministic: bool
+    mma: str,
+    arch: int,
+    head_dim: int,
+    head_dim_v: int,
+    vectorized: bool,
+    deterministic: bool,
+    score: ScoreConfig = ScoreConfig(),
 ) -> BackwardMmaConfig:
     """The row of the table for one architecture; `head_dim`s are padded ones."""
-    size, dim = _smem_class(arch), max(head_dim, head_dim_v)
-    if _elem_bytes(mma) == 4:
+    elem_bytes, size, dim = _elem_bytes(mma), _smem_class(arch), max(head_dim, head_dim_v)
+    tight = _BACKWARD_TIGHT
+    if elem_bytes == 4:
         row = _BACKWARD_32BIT[size][dim]
     else:
         row = _BACKWARD_16BIT[size][dim]
         if deterministic:
             row = _BACKWARD_DETERMINISTIC.get((size, dim), row)
+    if score.any():
+        row = _BACKWARD_SCORES.get((elem_bytes, size, dim), row)
+        if arch == 100 and elem_bytes == 2:
+            row = _BACKWARD_SCORES_SM100.get(dim, row)
+        tight = _BACKWARD_TIGHT | _BACKWARD_SCORES_TIGHT
     block_m, block_n, num_warps, num_stages, dq_warps_m, min_blocks = row
     # dQ has head_dim columns alone: where they are few, more warps have to go along its rows.
     while head_dim % (16 * (num_warps // dq_warps_m)) != 0:
@@ -813,7 +883,8 @@ def backward_mma_config(
         4 if arch >= 90 else 1,
         min_blocks,
         deterministic,
-        tuned=vectorized and (size, dim) not in _BACKWARD_TIGHT,
+        tuned=vectorized and (elem_bytes, size, dim) not in tight,
+        score=score,
     )
 
 
@@ -844,7 +915,7 @@ def backward_wgmma_config(
     mma: str, head_dim: int, head_dim_v: int, deterministic: bool, score: ScoreConfig = ScoreConfig()
 ) -> BackwardWgmmaConfig:
     """The row of the table; `head_dim`s are padded ones."""
-    if score != ScoreConfig():
+    if score.any():
         dims = max((head_dim, head_dim_v), (64, 64))
         tile = _BACKWARD_WGMMA_SCORES[dims]
         return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
@@ -906,6 +977,32 @@ def backward_simt_configs(dtype: str, head_dim: int, head_dim_v: int) -> tuple[B
 def all_configs(arch: int) -> list[Config]:
     """Every configuration that the planner may choose on an architecture."""
     return list(dict.fromkeys(_all_configs(arch)))
+
+
+def score_configs(arch: int) -> list[Config]:
+    """Some of those for calls that change scores or weights: all options together, and each alone at one head_dim."""
+    return list(dict.fromkeys(_score_configs(arch)))
+
+
+def _score_configs(arch: int) -> Iterator[Config]:
+    for dtype in ITEMSIZE:
+        every = ScoreConfig(True, True, dtype, True, True, True)
+        if dtype == "float64":
+            yield replace(forward_simt_config(dtype, 64), score=every)
+            yield from (replace(config, score=every) for config in backward_simt_configs(dtype, 64, 64)[1:])
+            continue
+        mma = mma_of(dtype, "ieee", arch)
+        if mma is None or (dtype == "bfloat16" and arch != 90):
+            continue
+        alone = [replace(ScoreConfig(), **{name: value}) for name, value in asdict(every).items()]
+        has_all = dtype == "float16" and arch in (75, 80, 90)
+        for dims in HEAD_DIM_PAIRS if has_all else ((64, 64), (128, 128)):
+            for score in (every, *(alone if has_all and arch == 90 and dims == (64, 64) else ())):
+                yield forward_mma_config(mma, arch, *dims, True, score)
+                yield backward_mma_config(mma, arch, *dims, True, False, score)
+                if has_wgmma(mma, arch):
+                    yield from (row for row, _ in forward_wgmma_configs(mma, *dims, True, score))
+                    yield backward_wgmma_config(mma, *dims, False, score)
 
 
 def _all_configs(arch: int) -> Iterator[Config]:

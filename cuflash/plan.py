@@ -280,14 +280,14 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
         return Plan(simt, chunks * ceil_div(p.seqlen_q, simt.block_m) * p.num_heads * p.batch)
     mma, head_dim, head_dim_v = choice
     # Unaligned rows are copied element by element; the portable kernels have more threads for that.
-    fits = configs.has_wgmma(mma, device.arch) and p.mappable and (p.vectorized or score == configs.ScoreConfig())
+    fits = configs.has_wgmma(mma, device.arch) and p.mappable and (p.vectorized or not score.any())
     # Keys that nobody sees are cut off there, and dropout counts keys by 16.
     fits &= not score.dropout or p.band.key_range(0, p.seqlen_q, p.seqlen_k)[0] % 16 == 0
     if fits and (family == "wgmma" or (family == "auto" and p.vectorized)):
         return _plan_forward_wgmma(mma, head_dim, head_dim_v, p, device)
     if family == "wgmma":
         raise _no_wgmma(p, device, configs.has_wgmma(mma, device.arch))
-    config = replace(configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized), score=score)
+    config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, score)
     return Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
 
 
@@ -304,13 +304,10 @@ def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
 def _plan_forward_wgmma(mma: str, head_dim: int, head_dim_v: int, problem: Problem, device: DeviceInfo) -> Plan:
     p = problem
     score = configs.ScoreConfig.of(p.features)
-    is_plain = score == configs.ScoreConfig()
-    rows = configs.forward_wgmma_configs(mma, head_dim, head_dim_v, p.vectorized)
-    if not is_plain:
-        # Three warpgroups leave no registers for what is done to scores, and tiles are of one head.
-        rows = [(replace(row, score=score), cost) for row, cost in rows if row.block_m <= 128]
+    rows = configs.forward_wgmma_configs(mma, head_dim, head_dim_v, p.vectorized, score)
     largest = rows[0][0]
-    pack = _pack(p, largest.block_m) if p.vectorized and is_plain else 1
+    # What is done to scores differs between heads, so that a tile is of one.
+    pack = _pack(p, largest.block_m) if p.vectorized and not score.any() else 1
     if pack > 1:  # by lengths alone: how queries of different heads share warps may show in the last bit
         config = next((row for row, _ in reversed(rows) if row.block_m // pack >= p.seqlen_q), largest)
     else:
@@ -353,8 +350,8 @@ def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") ->
         return plans_around(main, p, device)
     if family == "wgmma":
         raise _no_wgmma(p, device, has_wgmma)
-    portable = configs.backward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, p.deterministic)
-    return plans_around(replace(portable, score=score), p, device)
+    portable = configs.backward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, p.deterministic, score)
+    return plans_around(portable, p, device)
 
 
 def _plan_backward_simt(problem: Problem) -> tuple[Plan, ...]:
