@@ -933,7 +933,7 @@ def backward_companions(
     # One thread of a Hopper block sees to the order, in portable ones each warp.
     semaphores = (1 if isinstance(main, BackwardWgmmaConfig) else num_warps) if main.deterministic else 0
     return (
-        BackwardPreprocessConfig(main.mma, copy, main.dq_columns, main.head_dim_v, main.block_m, 4, semaphores),
+        BackwardPreprocessConfig(main.mma, copy, main.dq_columns, main.head_dim_v, main.block_m, 8, semaphores),
         BackwardConvertConfig(
             main.mma, copy, main.head_dim, main.block_m, num_warps, dq_warps_m, reduce_width, main.dq_transposed
         ),
