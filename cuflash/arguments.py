@@ -518,7 +518,7 @@ def _call(
         head_dim_v=shapes.head_dim_v,
         scale=_check_scale(options.scale, shapes.head_dim),
         band=_check_band(options, shapes.seqlen_q, shapes.seqlen_k),
-        features=_check_features(options, extras, shapes),
+        features=_check_features(options, extras, shapes, given.mask and given.mask[len(loop) :]),
         precision=_check_precision(options.precision, shapes.dtype, shapes.device),
         deterministic=deterministic,
         vectorized=is_vectorized,
@@ -629,7 +629,8 @@ def _collapse(
 # --- options ----------------------------------------------------------------------------------------------------
 
 
-def _check_features(options: Options, extras: Extras, shapes: _Shapes) -> Features:
+def _check_features(options: Options, extras: Extras, shapes: _Shapes, mask: tuple[int, ...] | None) -> Features:
+    """What the call does to its scores; `mask` are the strides of the mask, from the batch on."""
     dtypes = extras.map(lambda view: view.dtype)
     q_offset = 0
     if extras.alibi_slopes is not None:
@@ -638,7 +639,7 @@ def _check_features(options: Options, extras: Extras, shapes: _Shapes) -> Featur
         )
     return Features(
         softcap=_check_softcap(options.softcap),
-        mask=extras.mask is not None,
+        mask=None if mask is None else (mask[0] != 0, mask[1] != 0),
         bias=dtypes.bias,
         alibi_slopes=dtypes.alibi_slopes,
         q_offset=q_offset,

@@ -138,7 +138,12 @@ class ScoreConfig:
         """What a call with these features has."""
         f = features
         return cls(
-            f.softcap is not None, f.mask, f.bias, f.alibi_slopes is not None, f.sinks is not None, f.dropout_p > 0
+            f.softcap is not None,
+            f.mask is not None,
+            f.bias,
+            f.alibi_slopes is not None,
+            f.sinks is not None,
+            f.dropout_p > 0,
         )
 
     def any(self) -> bool:
@@ -445,6 +450,35 @@ class BackwardSinksConfig(Config):
 
 
 @dataclass(frozen=True, slots=True)
+class MaskBlocksConfig(Config):
+    """``mask_blocks.cuh``, for a main kernel with parameters of that name."""
+
+    main_params: str
+    block_m: int
+    block_n: int
+    by_keys: bool
+    num_warps: int = 32
+    min_blocks: int = 1
+
+    header: ClassVar[str] = "mask_blocks.cuh"
+    function: ClassVar[str] = "mask_blocks"
+    host_fields: ClassVar[frozenset[str]] = frozenset({"min_blocks", "main_params"})
+
+    @property
+    def params(self) -> str:  # type: ignore[override]
+        return self.main_params
+
+    @property
+    def smem_bytes(self) -> int:
+        return 128
+
+    @property
+    def name(self) -> str:
+        family = self.main_params.removesuffix("Params").lower()
+        return f"attention_mask_blocks_{family}_m{self.block_m}_n{self.block_n}{'_by_keys' if self.by_keys else ''}"
+
+
+@dataclass(frozen=True, slots=True)
 class BackwardGatherConfig(Config):
     """``backward_gather.cuh``."""
 
@@ -642,7 +676,7 @@ _FORWARD_TIGHT = {(4, 99, 256)}
 _FORWARD_SCORES: dict[tuple[int, int, int], tuple[int, int, int, int]] = {
     **{(2, size, dim): (128, 64, 8, 1) for size in (227, 163) for dim in (32, 64, 96, 128, 192)},
     (2, 99, 32): (128, 64, 8, 1),
-    (2, 99, 256): (64, 16, 4, 1),
+    **{(2, size, 256): (64, 16, 4, 1) for size in (227, 163, 99)},
     (2, 64, 64): (128, 64, 8, 1),
     (4, 227, 128): (64, 16, 4, 1),
     (4, 227, 256): (64, 16, 4, 1),

@@ -816,11 +816,13 @@ class _DeviceForward(_Device):
         from . import launch  # what the CPU does not need is loaded with the first call on a GPU
 
         self.offsets: tuple[tuple[int, ...], ...] = ()
+        self.workspace_bytes = 0
         if self.call.has_rows:
             extras = self.per_launch(self.call.extras)
             self.launch = launch.ForwardCall(
                 self.call.problem, self.device, *strides, extras=extras, itemsizes=self.call.itemsizes
             )
+            self.workspace_bytes = self.launch.workspace_bytes
             self.offsets = tuple(self.call.offsets())
 
     def __call__(
@@ -838,6 +840,9 @@ class _DeviceForward(_Device):
         if not self.is_plain:
             extras = self.in_accumulator(extras)
             more = self.score_arguments(extras, seed)
+        if self.workspace_bytes:
+            workspace = framework.empty(q, (self.workspace_bytes,), "uint8")
+            more = ((*score, pointer(workspace)) for score in more)
         for (to_q, to_k, to_v, to_out, to_lse), score in zip(self.offsets, more, strict=False):
             lse_ptr = 0 if lse is None else pointer(lse) + to_lse
             self.launch(q_ptr + to_q, k_ptr + to_k, v_ptr + to_v, out_ptr + to_out, lse_ptr, stream, *score)

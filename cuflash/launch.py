@@ -186,6 +186,8 @@ class ForwardCall:
         self._k_offset, self._v_offset = k[2] * first_key * itemsize, v[2] * first_key * itemsize
         self.plan = plan or plan_forward(problem, device_info or DeviceInfo.current(device_id), environment.kernel())
         _announce(problem, (self.plan,))
+        #: Bytes of scratch memory that every call needs.
+        self.workspace_bytes = self.plan.workspace_bytes
         config = self.plan.config
         block = np.zeros(1, params.PARAMS[config.params])
         for name, strides in (("q", q), ("k", k), ("v", v), ("out", out)):
@@ -206,9 +208,13 @@ class ForwardCall:
         block["scale"] = problem.scale
         params.fill_score(block, problem, extras, itemsizes)
         block["score"]["first_key"] = first_key
-        of_score = tuple(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch"))
+        of_score = tuple(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch", "mask_blocks"))
         pointers = ("q", "k", "v", "out", "lse", *of_score)
-        self._call = _Call((self.plan,), device_id, block, pointers, maps)
+        plans: tuple[Plan, ...] = (self.plan,)
+        if self.plan.lists is not None and self.plan.before is not None:
+            block["score"]["mask_blocks"] = (0, *self.plan.lists.strides, 0)
+            plans = (self.plan.before, self.plan)
+        self._call = _Call(plans, device_id, block, pointers, maps)
 
     def __call__(
         self,
@@ -221,13 +227,14 @@ class ForwardCall:
         extras: tuple[int, ...] = (0, 0, 0, 0),
         seed: int = 0,
         first_batch: int = 0,
+        workspace: int = 0,
     ) -> None:
         """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0.
 
         `extras` are pointers, or 0; `first_batch` is the number of the first batch entry, as dropout counts them.
         """
         extras = tuple(map(operator.add, extras, self._extra_offsets))
-        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *extras, seed, first_batch)
+        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *extras, seed, first_batch, workspace)
 
 
 class BackwardCall:

@@ -34,7 +34,7 @@ _PAIRS = np.dtype(
 )
 _SCORE = np.dtype(
     [
-        *((name, _PAIRS) for name in ("mask", "bias", "alibi_slopes", "sinks")),
+        *((name, _PAIRS) for name in ("mask", "bias", "alibi_slopes", "sinks", "mask_blocks")),
         ("seed", "u8"),
         ("softcap", "f8"),
         ("kept_scale", "f8"),

@@ -213,6 +213,38 @@ def _makespan(cost: np.ndarray, heads: int, section: int, grid: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskLists:
+    """For every tile, a list of those that a mask lets it see: ``mask_blocks.cuh``."""
+
+    batch: int
+    heads: int
+    tiles: int
+    longest: int
+
+    @classmethod
+    def of(cls, problem: Problem, tiles: int, longest: int) -> MaskLists:
+        """Lists of `tiles` per head, where batch entries and heads have a mask of their own only if masks differ."""
+        assert problem.features.mask is not None
+        by_batch, by_head = problem.features.mask
+        return cls(problem.batch if by_batch else 1, problem.num_heads if by_head else 1, tiles, longest)
+
+    @property
+    def num_lists(self) -> int:
+        return self.batch * self.heads * self.tiles
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Bytes from one batch entry, head and tile to the next; 0 where they share lists."""
+        of_tile = 4 * (1 + self.longest)
+        of_head = of_tile * self.tiles
+        return of_head * self.heads if self.batch > 1 else 0, of_head if self.heads > 1 else 0, of_tile
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_lists * self.strides[2]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One launch: the kernel's configuration and how many blocks of it."""
 
@@ -221,6 +253,9 @@ class Plan:
     workspace: Workspace | None = None
     order: TileOrder | None = None
     tail: TileParts | None = None
+    #: The lists that the launch reads, and the launch that makes them.
+    lists: MaskLists | None = None
+    before: Plan | None = None
 
     @property
     def kernel(self) -> str:
@@ -236,10 +271,12 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
+        if self.lists is not None:
+            return self.lists.num_bytes
         return self.workspace.total if self.workspace is not None else 0
 
     def __str__(self) -> str:
-        workspace = f", workspace {self.workspace_bytes:,} B" if self.workspace is not None else ""
+        workspace = f", workspace {self.workspace_bytes:,} B" if self.workspace_bytes else ""
         order = ""
         if self.order is not None:
             order = f", {self.order.num_tiles:,} tiles in sections of {self.order.section} heads"
@@ -247,8 +284,9 @@ class Plan:
         if self.tail is not None and self.tail.num_tiles:
             parts = ceil_div(self.tail.num_steps, self.tail.part_steps)
             order += f", the last {self.tail.num_tiles} in {parts} parts"
+        before = f"{self.before}\n" if self.before is not None else ""
         return (
-            f"{self.config.name}\n  {self.config.cpp}\n"
+            f"{before}{self.config.name}\n  {self.config.cpp}\n"
             f"  grid {self.grid} x {self.block} threads, {self.smem_bytes:,} B of shared memory{workspace}{order}"
         )
 
@@ -288,7 +326,17 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
     if family == "wgmma":
         raise _no_wgmma(p, device, configs.has_wgmma(mma, device.arch))
     config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, score)
-    return Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch)
+    return _with_lists(Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch), config, p)
+
+
+def _with_lists(plan: Plan, config: configs.ForwardMmaConfig | configs.ForwardWgmmaConfig, problem: Problem) -> Plan:
+    """The forward after the launch that looks which tiles a mask hides, if there is one."""
+    p = problem
+    if p.features.mask is None:
+        return plan
+    lists = MaskLists.of(p, ceil_div(p.seqlen_q, config.block_m), ceil_div(p.seqlen_k, config.block_n))
+    before = configs.MaskBlocksConfig(config.params, config.block_m, config.block_n, False)
+    return replace(plan, lists=lists, before=Plan(before, lists.num_lists))
 
 
 def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
@@ -333,7 +381,7 @@ def _pack(problem: Problem, block_m: int) -> int:
 def wgmma_plan(config: configs.ForwardWgmmaConfig, problem: Problem, device: DeviceInfo, pack: int = 1) -> Plan:
     """The launch of a Hopper configuration: a block per multiprocessor, or per tile if there are fewer."""
     order = _forward_order(problem, config, pack, device.num_sms)
-    return Plan(config, min(order.num_tiles, device.num_sms), order=order)
+    return _with_lists(Plan(config, min(order.num_tiles, device.num_sms), order=order), config, problem)
 
 
 def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") -> tuple[Plan, ...]:

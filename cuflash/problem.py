@@ -18,7 +18,8 @@ class Features:
     """
 
     softcap: float | None = None
-    mask: bool = False
+    #: Whether the mask differs among batch entries, and among heads.
+    mask: tuple[bool, bool] | None = None
     bias: str | None = None
     alibi_slopes: str | None = None
     #: Where query 0 stands among the keys; 0 where no feature asks for it.

@@ -15,6 +15,7 @@
 //         they use different pipes and do not depend on each other.
 // Source  Dao 2023 (FlashAttention-2), algorithm 1; overlap after Shah et al. 2024 (FlashAttention-3), 3.2.
 #pragma once
+#include "attention/block_list.cuh"
 #include "attention/block_range.cuh"
 #include "attention/config.cuh"
 #include "attention/epilogue.cuh"
@@ -71,6 +72,8 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     int const qk_bytes = shape.head_dim * Tiles::kElemBytes;
     int const v_bytes = shape.head_dim_v * Tiles::kElemBytes;
     BlockRange const range = key_blocks(shape, q_begin, q_end, cfg.block_n);
+    BlockList<cfg.score.mask> const tiles(params.score, batch, head, m_block);
+    int const first = tiles.first(range.first), last = tiles.last(range.last);
 
     u32 const q_smem = smem;
     u32 const k_smem = q_smem + Tiles::kQBytes;
@@ -79,15 +82,17 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     // ---- load: keys that no query of the block sees are not read ----
     char const* const k_gmem = params.k.at(batch, head_kv, 0);
     char const* const v_gmem = params.v.at(batch, head_kv, 0);
-    auto load_k = [&](int n, int stage) {
-        if (n < range.first) return;
+    auto load_k = [&](int position, int stage) {
+        if (position < first) return;
+        int const n = tiles[position].tile;
         load_tile<TileK, kThreads, cfg.copy>(k_smem + stage * TileK::kBytes,
                                              k_gmem + static_cast<i64>(n) * cfg.block_n * params.k.row_stride,
                                              params.k.row_stride, range.k_begin - n * cfg.block_n,
                                              range.k_end - n * cfg.block_n, qk_bytes, thread);
     };
-    auto load_v = [&](int n, int stage) {
-        if (n < range.first) return;
+    auto load_v = [&](int position, int stage) {
+        if (position < first) return;
+        int const n = tiles[position].tile;
         load_tile<TileV, kThreads, cfg.copy>(v_smem + stage * TileV::kBytes,
                                              v_gmem + static_cast<i64>(n) * cfg.block_n * params.v.row_stride,
                                              params.v.row_stride, range.k_begin - n * cfg.block_n,
@@ -121,14 +126,15 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     u32 const v_lane = lane_address_b_trans<kMma, TileV>(v_smem, lane);
 
     // S of tile n, masked where needed. [16 kM, block_n] per warp
-    auto scores = [&](float (&s)[kM][kN][4], int n, int stage) {
+    auto scores = [&](float (&s)[kM][kN][4], int position, int stage) {
+        auto const [n, is_partial] = tiles[position];
         set_zero(s);
         gemm_nt<kMma, TileQ, TileK, kStepsQK>(s, q_lane, k_lane + stage * TileK::kBytes);
         if constexpr (kChanged) {
 #pragma unroll
             for (int m = 0; m < kM; ++m)
                 head_scores.template change<false>(s[m], static_cast<float>(params.scale), shape,
-                                                   q_begin + warp_row + 16 * m, n * cfg.block_n, lane);
+                                                   q_begin + warp_row + 16 * m, n * cfg.block_n, lane, is_partial);
         } else if (params.score_sign < 0.f) {
             float flip[kM][2];
 #pragma unroll
@@ -163,8 +169,9 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     };
 
     // Dropped weights become 0, of the columns of tiles t and t + 1 of tile n; their sums are taken before.
-    auto drop = [&](float (&s)[kM][kN][4], int n, int t) {
+    auto drop = [&](float (&s)[kM][kN][4], int position, int t) {
         if constexpr (cfg.score.dropout) {
+            int const n = tiles[position].tile;
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
                 DropoutDraws const draws =
@@ -183,10 +190,10 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
                                          q_end - q_begin, qk_bytes, thread);
 
     // ---- mainloop ----
-    int n = range.last - 1;
+    int n = last - 1;
     float alpha[kM][2];
     if constexpr (cfg.overlap) {
-        if (range.first < range.last) {
+        if (first < last) {
             FragmentA<kMma> p[kStepsPV][kM];
             // Tile n has its K and its V in stage n % 2.
             load_k(n, n & 1);
@@ -208,7 +215,7 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
                 }
             }
 #pragma unroll 1
-            for (--n; n >= range.first; --n) {
+            for (--n; n >= first; --n) {
                 wait(kAll);
                 load_k(n - 1, (n - 1) & 1);
                 load_v(n, n & 1);
@@ -243,7 +250,7 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
         }
         int stage = 0;
 #pragma unroll 1
-        for (; n >= range.first; --n, stage = stage == kAhead ? 0 : stage + 1) {
+        for (; n >= first; --n, stage = stage == kAhead ? 0 : stage + 1) {
             wait(Constant<kAhead - 1>{});
             int const refill = stage == 0 ? kAhead : stage - 1;
             load_k(n - kAhead, refill);

@@ -19,6 +19,7 @@
 //         so that one's softmax falls beside the other's products.
 // Source  Shah et al. 2024 (FlashAttention-3), algorithms 1 and 2; Dao 2023 (FlashAttention-2), algorithm 1.
 #pragma once
+#include "attention/block_list.cuh"
 #include "attention/block_range.cuh"
 #include "attention/config.cuh"
 #include "attention/epilogue.cuh"
@@ -173,20 +174,21 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             BlockRange const range = key_blocks(shape, q_begin, q_end, cfg.block_n);
 
             int const head_kv = at.head / (shape.group_size / order.pack);
-            int const first = end ? range.last : range.first;
-            bool const any = first < range.last;
+            BlockList<cfg.score.mask> const tiles(params.score, at.batch, at.head, at.block);
+            int const last = tiles.last(range.last), first = end ? last : tiles.first(range.first);
+            bool const any = first < last;
 #pragma unroll 1
-            for (int n = range.last - 1; n >= first || n == range.last - 1; --n) {
+            for (int n = last - 1; n >= first || n == last - 1; --n) {
                 // Without keys here, the values that are due come alone.
-                if (any || v_block >= 0) step(any ? n : -1, head_kv, at.batch);
-                if (n != range.last - 1) continue;
+                if (any || v_block >= 0) step(any ? tiles[n].tile : -1, head_kv, at.batch);
+                if (n != last - 1) continue;
                 // Queries come after the first keys: their place may not be free before the step that these belong to.
                 int const slot = tile.stage();
                 mbarrier_wait(q_empty + 8 * slot, ~tile.parity() & 1);
                 if (leader)
                     st_shared_v4(smem + Tiles::kNotes + 16 * slot,
                                  uint4{end ? ~0u : static_cast<u32>(index), static_cast<u32>(q_begin),
-                                       static_cast<u32>(first), static_cast<u32>(range.last)});
+                                       static_cast<u32>(first), static_cast<u32>(last)});
                 u32 const q_smem = smem + slot * TileQ::kBytes;
                 if constexpr (kTma) {
                     if (leader) {
@@ -290,8 +292,10 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         int const own_begin = query_of_row(first_row);
         int const own_end = min(q_end, query_of_row(first_row + 63) + 1);
         BlockRange const own = key_blocks(shape, own_begin, own_end, cfg.block_n);
-        int const own_first = min(max(own.first, first), last);
-        int const own_last = own_begin < own_end && !end ? min(max(own.last, own_first), last) : own_first;
+        // Of a list it takes all.
+        int const own_first = cfg.score.mask ? first : min(max(own.first, first), last);
+        int const seen_last = cfg.score.mask ? last : min(max(own.last, own_first), last);
+        int const own_last = own_begin < own_end && !end ? seen_last : own_first;
         bool const any = own_first < own_last;
         bool const chain = cfg.q_stages > 1 && pending && any && own_last == last;
 
@@ -300,16 +304,18 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         HeadScores<cfg.score, float, true> const head_scores(params.score, here.batch, here.head);
         float const sink_log2 =
             cfg.score.sinks ? *reinterpret_cast<float const*>(params.score.sinks.at(0, here.head)) * kLog2E : 0.f;
-        auto change = [&](float (&s)[1][kN][4], int n) {
+        BlockList<cfg.score.mask> const tiles(params.score, here.batch, here.head, here.block);
+        auto change = [&](float (&s)[1][kN][4], int n, bool is_partial) {
             if constexpr (!kChanged) return;
             int row = warp_row;
             opaque(row);
             head_scores.template change<false>(s[0], static_cast<float>(params.scale), shape, q_begin + row, n * cfg.block_n,
-                                               lane);
+                                               lane, is_partial);
         };
         // Dropped weights become 0, when their sums have been taken.
-        auto drop = [&](float (&s)[1][kN][4], int n) {
+        auto drop = [&](float (&s)[1][kN][4], int position) {
             if constexpr (!cfg.score.dropout) return;
+            int const n = tiles[position].tile;
             int row = warp_row;
             opaque(row);
 #pragma unroll
@@ -324,8 +330,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
                         if (draws.of(j, i) < static_cast<u32>(params.score.dropped)) s[0][t + j][i] = 0.f;
             }
         };
-        auto mask = [&](float (&s)[1][kN][4], int n) {
-            change(s, n);
+        auto mask = [&](float (&s)[1][kN][4], int position) {
+            auto const [n, is_partial] = tiles[position];
+            change(s, n, is_partial);
             if (!own.needs_mask(n)) return;
             int row = warp_row;
             opaque(row);
@@ -479,7 +486,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
                 gemm_nt_gmem<kMma, TileQ, kTma, kStepsQK>(
                     s, lane_address_a<TileQ>(smem + tile.stage() * TileQ::kBytes + row * TileQ::kSlabBytes, lane),
                     params.k.at(at.batch, at.head / (shape.group_size / order.pack), 0), params.k.row_stride,
-                    n * cfg.block_n, shape.seqlen_k, shape.head_dim, lane);
+                    tiles[n].tile * cfg.block_n, shape.seqlen_k, shape.head_dim, lane);
                 mask(s, n);
                 softmax.raise(s[0], alpha[0], scale_log2());
                 softmax.weigh(s[0], sum, scale_log2());

@@ -122,6 +122,13 @@ struct BackwardConvertConfig {
     constexpr int threads() const { return 32 * num_warps; }
 };
 
+struct MaskBlocksConfig {
+    int block_m;
+    int block_n;
+    bool by_keys;
+    int num_warps;
+};
+
 struct BackwardGatherConfig {
     Mma mma;
     int head_dim;  // these four as in the main kernel

@@ -45,6 +45,7 @@ struct Pairs {
 // What attention/score.cuh and dropout read. Slopes and sinks are of the accumulator's type.
 struct ScoreParams {
     Pairs mask, bias, alibi_slopes, sinks;
+    Pairs mask_blocks;  // lists of mask_blocks.cuh; query_stride is that of tiles
     u64 seed;
     double softcap;
     double kept_scale;  // 1 / (1 - dropout_p)

@@ -187,7 +187,7 @@ struct HeadScores {
     // Of accumulators, which hold q.k; see `for_each_pair`.
     template <bool kTransposed, int kN>
     CUFLASH_DEVICE void change(float (&s)[kN][4], float (&derivative)[kN][4], float scale, Shape const& shape, int q_first,
-                               int k_first, int lane) const {
+                               int k_first, int lane, bool is_masked = true) const {
         auto for_each = [&](auto body) {
 #pragma unroll
             for (int n = 0; n < kN; ++n)
@@ -217,6 +217,7 @@ struct HeadScores {
             for_each([&](float& x, int n, int i) { x -= slope_log2 * distance(n, i); });
         }
         if constexpr (cfg.mask) {
+            if (!is_masked) return;
             for_each_pair<kTransposed, unsigned char, kN>(params.mask, mask, shape, q_first, k_first, lane,
                                                           [&](int n, int i, unsigned char is_visible) {
                                                               if (!is_visible) s[n][i] = -infinity();
@@ -224,8 +225,9 @@ struct HeadScores {
         }
     }
     template <bool kTransposed, int kN>
-    CUFLASH_DEVICE void change(float (&s)[kN][4], float scale, Shape const& shape, int q_first, int k_first, int lane) const {
+    CUFLASH_DEVICE void change(float (&s)[kN][4], float scale, Shape const& shape, int q_first, int k_first, int lane,
+                               bool is_masked = true) const {
         float derivative[kN][4];
-        change<kTransposed>(s, derivative, scale, shape, q_first, k_first, lane);
+        change<kTransposed>(s, derivative, scale, shape, q_first, k_first, lane, is_masked);
     }
 };

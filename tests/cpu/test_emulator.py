@@ -221,12 +221,22 @@ SCORE_RUNS = [
 ]
 
 
+def block_mask(draw: np.random.Generator, case: Case) -> np.ndarray:
+    """A mask that hides some tiles wholly, shows some wholly, and leaves queries without any key."""
+    mask = draw.random((case.batch, 1, case.seqlen_q, case.seqlen_k)) < 0.7
+    mask[0, :, :, :64] = True
+    mask[0, :, :16, 64:] = False
+    mask[1, :, :, 64:] = False
+    mask[1, :, 32:] = False
+    return mask
+
+
 def make_extras(case: Case, names: tuple[str, ...], put: Callable[[np.ndarray], np.ndarray]) -> Extras:
     """Extras that are broadcast over an axis each, in the dtypes that kernels take."""
     draw = np.random.default_rng(5)
     lengths = case.num_heads, case.seqlen_q, case.seqlen_k
     made = Extras(
-        draw.random((case.batch, 1, *lengths[1:])) < 0.7,
+        block_mask(draw, case),
         draw.standard_normal((*lengths[:2], 1)).astype(np.float16),
         draw.random((case.batch, case.num_heads), np.float32) / 4,
         draw.standard_normal(case.num_heads).astype(np.float32),
@@ -271,7 +281,8 @@ def test_scores(
     lse = device.put(np.full(yardstick.lse.shape, np.nan, np.float32))
     strides = {"extras": call.extras, "itemsizes": call.itemsizes}
     run = launch.ForwardCall(call.problem, 0, *call.strides, device_info=info, **strides)
-    run(*map(device.address, (q, k, v, out, lse)), 1, *of_score)
+    lists = device.put(np.full(run.workspace_bytes, 0xFF, np.uint8))
+    run(*map(device.address, (q, k, v, out, lse)), 1, *of_score, device.address(lists) if lists.size else 0)
     yardstick.assert_forward(out, lse)
 
     out[...], lse[...] = yardstick.out, yardstick.lse

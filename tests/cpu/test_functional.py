@@ -401,13 +401,16 @@ class HostLaunches:
             pointers: Any = (0,) * 4,
             seed: int = 0,
             first: int = 0,
+            workspace: int = 0,
         ) -> None:
+            assert bool(workspace) == bool(call.workspace_bytes)
             self.log.append(("forward", device, stream))
             addressed = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
             parts = [self.operand(problem, *each) for each in addressed]
             score = self.score(problem, extras, pointers, seed, first)
             cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale, score=score)
 
+        call.workspace_bytes = 64 if problem.features.mask else 0
         return call
 
     def BackwardCall(

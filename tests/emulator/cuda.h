@@ -72,3 +72,9 @@ inline bool __any_sync(u32, bool x) {
     return false;
 }
 inline bool __all_sync(u32 lanes, bool x) { return !__any_sync(lanes, !x); }
+inline u32 __ballot_sync(u32, bool x) {
+    u32 bits = 0, lane = 0;
+    for (bool other : emulator::exchange(x)) bits |= static_cast<u32>(other) << lane++;
+    return bits;
+}
+inline int __popc(u32 x) { return __builtin_popcount(x); }
