@@ -324,6 +324,11 @@ class BackwardWgmmaConfig(TileConfig):
     arch_specific: ClassVar[bool] = True
 
     @property
+    def listed(self) -> bool:
+        """Whether tiles that a mask hides are skipped: turns are counted by the band alone."""
+        return self.score.mask and not self.deterministic
+
+    @property
     def by_role(self) -> bool:
         """Whether two warpgroups share the work on 64 keys by what they compute; on more, each has 64 of its own."""
         return self.block_n == 64

@@ -45,7 +45,7 @@ class _Call:
         self._maps_at = 0 if maps is None else _field(block.dtype, f"{pointers[0]}_map")[0]
         self._driver_launch = driver.launchKernel
         self._launches = []
-        for plan in plans:
+        for plan in (step for main in plans for step in (main.before, main) if step is not None):
             if plan.grid:
                 kernel = compiler.load(plan.config, device_id)
                 self._launches.append((kernel.handle, plan.grid, 1, 1, plan.block, 1, 1, plan.smem_bytes))
@@ -210,11 +210,9 @@ class ForwardCall:
         block["score"]["first_key"] = first_key
         of_score = tuple(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch", "mask_blocks"))
         pointers = ("q", "k", "v", "out", "lse", *of_score)
-        plans: tuple[Plan, ...] = (self.plan,)
-        if self.plan.lists is not None and self.plan.before is not None:
+        if self.plan.lists is not None:
             block["score"]["mask_blocks"] = (0, *self.plan.lists.strides, 0)
-            plans = (self.plan.before, self.plan)
-        self._call = _Call(plans, device_id, block, pointers, maps)
+        self._call = _Call((self.plan,), device_id, block, pointers, maps)
 
     def __call__(
         self,
@@ -263,9 +261,9 @@ class BackwardCall:
         _announce(problem, self.plans)
         layout = self.plans[0].workspace
         assert layout is not None
-        #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen).
+        #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen), and with a mask a number per tile.
         self.workspace_bytes = layout.total
-        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
+        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts", "lists")
         self._offsets = [getattr(layout, name) for name in scratch]
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
@@ -300,7 +298,11 @@ class BackwardCall:
             self.num_slope_sums = -(-problem.seqlen_k // main.block_n) * main.slope_sums
         if problem.features.sinks is not None:
             self.num_sink_sums = self.plans[-1].config.num_warps
-        self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *scratch, *of_score), maps)
+        lists = self.plans[1].lists
+        if lists is not None:
+            block["score"]["mask_blocks"] = (0, *lists.strides, 0)
+        parts = (*scratch[:-1], "score.mask_blocks")
+        self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *parts, *of_score), maps)
 
     def __call__(
         self,

@@ -63,6 +63,7 @@ class Workspace:
     counters: int
     parts: int
     total: int
+    lists: int = 0
     delta: int = 0
     num_counters: int = 0
 
@@ -76,18 +77,19 @@ class Workspace:
         semaphores: int,
         num_counters: int = 0,
         part_floats: int = 0,
+        list_bytes: int = 0,
     ) -> Workspace:
-        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and the tail."""
+        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, the tail, and lists."""
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
         sizes = [heads * rows * itemsize] * 2
         sizes += [n * 4 for n in (heads * rows * dq_columns, tiles * semaphores, num_counters, part_floats)]
         ends = [0]
-        for size in sizes:
+        for size in (*sizes, list_bytes):
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
-        lse_log2, dq_accum, semaphore, counters, parts, total = ends[1:]
-        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters)
+        lse_log2, dq_accum, semaphore, counters, parts, lists, total = ends[1:]
+        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, lists, num_counters=num_counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,7 @@ def _backward_tail(problem: Problem, config: configs.BackwardWgmmaConfig, num_ti
     # Tiles that differ even out by themselves; parts of a tile would wait for each other in a fixed order.
     # And a part leaves no sums for slopes.
     has_slopes = config.score.alibi
-    if left == 0 or not problem.band.is_open or config.deterministic or has_slopes or not is_worth_it:
+    if left == 0 or not problem.band.is_open or config.deterministic or has_slopes or config.listed or not is_worth_it:
         return TileParts(num_tiles)
     return TileParts(num_tiles - left, tile_steps, left * tile_steps, part_steps)
 
@@ -271,9 +273,9 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        if self.lists is not None:
-            return self.lists.num_bytes
-        return self.workspace.total if self.workspace is not None else 0
+        if self.workspace is not None:
+            return self.workspace.total
+        return self.lists.num_bytes if self.lists is not None else 0
 
     def __str__(self) -> str:
         workspace = f", workspace {self.workspace_bytes:,} B" if self.workspace_bytes else ""
@@ -429,10 +431,15 @@ def plans_around(
         order = _backward_order(p, main)
         tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
         gather = configs.backward_gather_config(main)
-        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=tail.places * gather.place_elems)
+        lists, before = None, None
+        if main.listed:
+            lists = MaskLists.of(p, order.num_blocks, ceil_div(p.seqlen_q, main.block_m))
+            before = Plan(configs.MaskBlocksConfig(main.params, main.block_m, main.block_n, True), lists.num_lists)
+        part_floats, list_bytes = tail.places * gather.place_elems, 0 if lists is None else lists.num_bytes
+        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats, list_bytes=list_bytes)
         # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
         num_blocks = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
-        middle = [Plan(main, num_blocks, workspace, order, tail)]
+        middle = [Plan(main, num_blocks, workspace, order, tail, lists, before)]
         if tail.num_tiles:
             middle.append(Plan(gather, tail.num_tiles * gather.main_warps, workspace))
     else:

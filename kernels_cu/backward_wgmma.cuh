@@ -139,11 +139,12 @@ struct BackwardConsumer {
         float const scale = static_cast<float>(steps.params.scale);
         int const q_first = steps.q_begin(at);
         int const k_first = steps.k_begin(at) + 16 * warp;
+        bool const is_partial = steps.is_partial(at);
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
             float derivative[2][4];
             float(&two)[2][4] = reinterpret_cast<float(&)[2][4]>(s[0][2 * k]);
-            change.template change<true>(two, derivative, scale, steps.params.shape, q_first + 16 * k, k_first, lane);
+            change.template change<true>(two, derivative, scale, steps.params.shape, q_first + 16 * k, k_first, lane, is_partial);
             if constexpr (cfg.score.softcap) acc_to_a(slope[k], derivative, 0);
         }
     }
@@ -594,10 +595,8 @@ struct BackwardConsumer {
             } else {
                 warpgroup_wait<0>();
             }
-            if constexpr (cfg.score.alibi) {
-                int const m_block = static_cast<int>(flags >> Steps::kNumFlags);
-                if (last || m_block + 1 == work().last()) leave_slope_sum(slope_sum, steps.head(at));
-            }
+            if constexpr (cfg.score.alibi)
+                if (flags & Steps::kLastOfHead) leave_slope_sum(slope_sum, steps.head(at));
             release(steps.empty(at));
             at = at + 1;
             return !last;

@@ -10,6 +10,7 @@
 #include "../ptx/tma.cuh"
 #include "../tile/ring.cuh"
 #include "../tile/swizzle.cuh"
+#include "block_list.cuh"
 #include "block_range.cuh"
 #include "config.cuh"
 #include "dq_accum.cuh"
@@ -108,10 +109,13 @@ struct BackwardSteps {
     CUFLASH_DEVICE void await_ds(Position at) const { mbarrier_wait(ds_full(at), at.count / 2 & 1); }
 
     // ---- notes: flags and, above them, which tile of queries; first key; tile of the workspace; query head ----
-    static constexpr u32 kMasked = 1, kFirst = 2, kLast = 4, kNumFlags = 3;
+    // By the band, or by the mask; the first and last step of a tile of keys; the last of a query head.
+    static constexpr u32 kMasked = 1, kFirst = 2, kLast = 4, kPartial = 8, kLastOfHead = 16;
+    static constexpr u32 kNumFlags = cfg.score.any() ? 5 : 3;
     CUFLASH_DEVICE u32 note(Position at) const { return smem + Tiles::kNotes + 16 * (at.count % (2 * cfg.num_stages)); }
     CUFLASH_DEVICE u32 flags(Position at) const { return ld_shared(note(at)); }
     CUFLASH_DEVICE bool is_masked(Position at) const { return flags(at) & kMasked; }
+    CUFLASH_DEVICE bool is_partial(Position at) const { return !cfg.listed() || flags(at) & kPartial; }
     CUFLASH_DEVICE int q_begin(Position at) const { return (ld_shared(note(at)) >> kNumFlags) * cfg.block_m; }
     CUFLASH_DEVICE int k_begin(Position at) const { return ld_shared(note(at) + 4); }
     CUFLASH_DEVICE int head(Position at) const { return ld_shared(note(at) + 12); }
@@ -189,6 +193,11 @@ struct BackwardSteps {
             num_steps = min(num_steps - work.steps_before(), static_cast<i32>(part.y - part.x));
             st_shared_v2(rest(), part.x + num_steps, part.y);
         }
+        if constexpr (cfg.listed()) {
+            num_steps = 0;
+            for (int i = 0; i < params.shape.group_size; ++i)
+                num_steps += BlockList<true>(params.score, at.batch, at.head * params.shape.group_size + i, at.block).length();
+        }
         st_shared_v4(work.place, uint4{static_cast<u32>(k_begin), static_cast<u32>(at.head), static_cast<u32>(at.batch),
                                        static_cast<u32>(num_steps)});
         st_shared_v4(work.place + 16, uint4{static_cast<u32>(range.first), static_cast<u32>(range.last),
@@ -214,8 +223,24 @@ struct BackwardSteps {
                 if (steps_left == kNoMore) return;
                 continue;
             }
-            int head = now.first_head(shape.group_size);
-            int m_block = now.first_m_block();
+            int head = cfg.listed() ? now.head_kv() * shape.group_size : now.first_head(shape.group_size);
+            int m_block = cfg.listed() ? 0 : now.first_m_block();
+            // Of a list: its length, where in it, and the entry there, which is looked up ahead.
+            int length = 0, position = -1, entry = 0;
+            auto next_entry = [&] {
+                int const block = now.k_begin() / cfg.block_n;
+                if (++position >= length) {
+                    if (length > 0 || position > 0) ++head;
+                    for (;; ++head) {
+                        length = BlockList<true>(params.score, now.batch(), head, block).length();
+                        if (length > 0) break;
+                    }
+                    position = 0;
+                }
+                auto const found = BlockList<true>(params.score, now.batch(), head, block)[position];
+                entry = found.tile * 2 + found.is_partial;
+            };
+            if constexpr (cfg.listed()) next_entry();
             bool first = true;
             mbarrier_arrive_expect(k_full(tile), Tiles::K::kBytes);
             load<typename Tiles::K>(k(tile), params.k_map, k_full(tile), now.k_begin() - k_origin, now.head_kv(),
@@ -223,11 +248,15 @@ struct BackwardSteps {
 #pragma unroll 1
             do {
                 int const batch = now.batch(), k_begin = now.k_begin();
+                if constexpr (cfg.listed()) m_block = entry >> 1;
                 int const row = m_block * cfg.block_m - q_origin;
                 int const dq_tile = tile_of_dq(batch, head, m_block);
                 i64 const stats = static_cast<i64>(dq_tile) * (cfg.block_m * 4);
-                u32 const flags = (now.needs_mask(m_block) ? kMasked : 0) | (first ? kFirst : 0) |
-                                  (steps_left == 1 ? kLast : 0);
+                u32 flags = (now.needs_mask(m_block) ? kMasked : 0) | (first ? kFirst : 0) | (steps_left == 1 ? kLast : 0);
+                if constexpr (cfg.score.any()) {
+                    bool const is_last = cfg.listed() ? position + 1 == length : m_block + 1 == now.last();
+                    flags |= (is_last ? kLastOfHead : 0) | (entry % 2 != 0 ? kPartial : 0);
+                }
                 mbarrier_wait(empty(at), ~at.parity() & 1);
                 st_shared_v4(note(at), uint4{flags | static_cast<u32>(m_block) << kNumFlags,
                                              static_cast<u32>(k_begin), static_cast<u32>(dq_tile),
@@ -245,7 +274,9 @@ struct BackwardSteps {
                 bulk_load(delta(at), params.delta + stats, cfg.block_m * 4, d_out_full(at));
                 first = false;
                 at = at + 1;
-                if (++m_block == now.last()) {
+                if constexpr (cfg.listed()) {
+                    if (steps_left > 1) next_entry();
+                } else if (++m_block == now.last()) {
                     m_block = now.first();
                     ++head;
                 }

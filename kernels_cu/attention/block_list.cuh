@@ -12,8 +12,9 @@ struct BlockList {
         : list(kListed ? reinterpret_cast<i32 const*>(score.mask_blocks.at(batch, head) +
                                                       tile * score.mask_blocks.query_stride)
                        : nullptr) {}
+    CUFLASH_DEVICE int length() const { return __ldg(list); }
     CUFLASH_DEVICE int first(int first_of_range) const { return kListed ? 0 : first_of_range; }
-    CUFLASH_DEVICE int last(int last_of_range) const { return kListed ? __ldg(list) : last_of_range; }
+    CUFLASH_DEVICE int last(int last_of_range) const { return kListed ? length() : last_of_range; }
 
     // What stands at a position: which tile, and whether the mask hides some of it.
     struct Entry {

@@ -93,6 +93,8 @@ struct BackwardWgmmaConfig {
     // Warpgroups share a d_q tile by 64 rows if that makes all of it, else by 64 columns, transposed.
     constexpr bool dq_transposed() const { return by_role() || block_m != 64 * consumers(); }
     constexpr int dq_warps() const { return dq_transposed() ? (head_dim + 63) / 64 * 4 : 4 * consumers(); }
+    // Whether tiles that a mask hides are skipped: turns are counted by the band alone.
+    constexpr bool listed() const { return score.mask && !deterministic; }
     constexpr int dq_columns() const { return dq_transposed() ? 16 * dq_warps() : head_dim; }
 };
 
