@@ -141,6 +141,10 @@ struct BackwardSteps {
         // are no others.
         CUFLASH_DEVICE int steps_before() const { return ld_shared(place + 32); }
         CUFLASH_DEVICE int place_of_part() const { return ld_shared(place + 36); }
+        // Where tiles of queries are listed: how many are left in the list, this one included, and its entry.
+        CUFLASH_DEVICE int left_in_list() const { return ld_shared(place + 40); }
+        CUFLASH_DEVICE u32 entry() const { return ld_shared(place + 44); }
+        CUFLASH_DEVICE void set_entry(int left, u32 entry) const { st_shared_v2(place + 40, left, entry); }
         // Where these steps begin: with a tile of queries of a head of those that share the keys.
         CUFLASH_DEVICE int first_head(int group_size) const {
             return head_kv() * group_size + steps_before() / (last() - first());
@@ -195,8 +199,10 @@ struct BackwardSteps {
         }
         if constexpr (cfg.listed()) {
             num_steps = 0;
+#pragma unroll 1
             for (int i = 0; i < params.shape.group_size; ++i)
                 num_steps += BlockList<true>(params.score, at.batch, at.head * params.shape.group_size + i, at.block).length();
+            work.set_entry(0, 0);
         }
         st_shared_v4(work.place, uint4{static_cast<u32>(k_begin), static_cast<u32>(at.head), static_cast<u32>(at.batch),
                                        static_cast<u32>(num_steps)});
@@ -223,24 +229,9 @@ struct BackwardSteps {
                 if (steps_left == kNoMore) return;
                 continue;
             }
-            int head = cfg.listed() ? now.head_kv() * shape.group_size : now.first_head(shape.group_size);
+            int head = cfg.listed() ? now.head_kv() * shape.group_size - 1 : now.first_head(shape.group_size);
             int m_block = cfg.listed() ? 0 : now.first_m_block();
-            // Of a list: its length, where in it, and the entry there, which is looked up ahead.
-            int length = 0, position = -1, entry = 0;
-            auto next_entry = [&] {
-                int const block = now.k_begin() / cfg.block_n;
-                if (++position >= length) {
-                    if (length > 0 || position > 0) ++head;
-                    for (;; ++head) {
-                        length = BlockList<true>(params.score, now.batch(), head, block).length();
-                        if (length > 0) break;
-                    }
-                    position = 0;
-                }
-                auto const found = BlockList<true>(params.score, now.batch(), head, block)[position];
-                entry = found.tile * 2 + found.is_partial;
-            };
-            if constexpr (cfg.listed()) next_entry();
+            if constexpr (cfg.listed()) head = next_entry(now, head);
             bool first = true;
             mbarrier_arrive_expect(k_full(tile), Tiles::K::kBytes);
             load<typename Tiles::K>(k(tile), params.k_map, k_full(tile), now.k_begin() - k_origin, now.head_kv(),
@@ -248,14 +239,14 @@ struct BackwardSteps {
 #pragma unroll 1
             do {
                 int const batch = now.batch(), k_begin = now.k_begin();
-                if constexpr (cfg.listed()) m_block = entry >> 1;
+                if constexpr (cfg.listed()) m_block = now.entry() >> 1;
                 int const row = m_block * cfg.block_m - q_origin;
                 int const dq_tile = tile_of_dq(batch, head, m_block);
                 i64 const stats = static_cast<i64>(dq_tile) * (cfg.block_m * 4);
                 u32 flags = (now.needs_mask(m_block) ? kMasked : 0) | (first ? kFirst : 0) | (steps_left == 1 ? kLast : 0);
                 if constexpr (cfg.score.any()) {
-                    bool const is_last = cfg.listed() ? position + 1 == length : m_block + 1 == now.last();
-                    flags |= (is_last ? kLastOfHead : 0) | (entry % 2 != 0 ? kPartial : 0);
+                    bool const is_last = cfg.listed() ? now.left_in_list() == 1 : m_block + 1 == now.last();
+                    flags |= (is_last ? kLastOfHead : 0) | (cfg.listed() && now.entry() % 2 != 0 ? kPartial : 0);
                 }
                 mbarrier_wait(empty(at), ~at.parity() & 1);
                 st_shared_v4(note(at), uint4{flags | static_cast<u32>(m_block) << kNumFlags,
@@ -275,13 +266,25 @@ struct BackwardSteps {
                 first = false;
                 at = at + 1;
                 if constexpr (cfg.listed()) {
-                    if (steps_left > 1) next_entry();
+                    if (steps_left > 1) head = next_entry(now, head);
                 } else if (++m_block == now.last()) {
                     m_block = now.first();
                     ++head;
                 }
             } while (--steps_left > 0);
         }
+    }
+
+    // The next entry of the list of `head`, or of the next head that has one, which is returned.
+    CUFLASH_DEVICE int next_entry(Work now, int head) const {
+        int const block = now.k_begin() / cfg.block_n;
+        int left = now.left_in_list() - 1;
+#pragma unroll 1
+        while (left <= 0) left = BlockList<true>(params.score, now.batch(), ++head, block).length();
+        BlockList<true> const tiles(params.score, now.batch(), head, block);
+        auto const found = tiles[tiles.length() - left];
+        now.set_entry(left, 2 * found.tile + found.is_partial);
+        return head;
     }
 
     template <class Tile>
