@@ -286,6 +286,11 @@ class BackwardMmaConfig(TileConfig):
         return self.num_warps, self.dq_warps_m, self.reduce_width
 
     @property
+    def listed(self) -> bool:
+        """Whether tiles that a mask hides are skipped: turns are counted by the band alone."""
+        return self.score.mask and not self.deterministic
+
+    @property
     def smem_bytes(self) -> int:
         row = self.head_dim + self.head_dim_v
         stage = self.block_m * row + self.block_n * self.block_m  # Q, dO and dS

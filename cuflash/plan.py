@@ -427,24 +427,26 @@ def plans_around(
     p = problem
     preprocess, convert = configs.backward_companions(main)
     sizes = main.block_m, 4, main.dq_columns, preprocess.semaphores
+    num_blocks = ceil_div(p.seqlen_k, main.block_n)
+    lists, before = None, None
+    if main.listed:
+        lists = MaskLists.of(p, num_blocks, ceil_div(p.seqlen_q, main.block_m))
+        before = Plan(configs.MaskBlocksConfig(main.params, main.block_m, main.block_n, True), lists.num_lists)
+    list_bytes = 0 if lists is None else lists.num_bytes
     if isinstance(main, configs.BackwardWgmmaConfig):
         order = _backward_order(p, main)
         tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
         gather = configs.backward_gather_config(main)
-        lists, before = None, None
-        if main.listed:
-            lists = MaskLists.of(p, order.num_blocks, ceil_div(p.seqlen_q, main.block_m))
-            before = Plan(configs.MaskBlocksConfig(main.params, main.block_m, main.block_n, True), lists.num_lists)
-        part_floats, list_bytes = tail.places * gather.place_elems, 0 if lists is None else lists.num_bytes
+        part_floats = tail.places * gather.place_elems
         workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats, list_bytes=list_bytes)
         # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
-        num_blocks = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
-        middle = [Plan(main, num_blocks, workspace, order, tail, lists, before)]
+        grid = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
+        middle = [Plan(main, grid, workspace, order, tail, lists, before)]
         if tail.num_tiles:
             middle.append(Plan(gather, tail.num_tiles * gather.main_warps, workspace))
     else:
-        workspace = Workspace.of(p, *sizes)
-        middle = [Plan(main, ceil_div(p.seqlen_k, main.block_n) * p.num_heads_kv * p.batch, workspace)]
+        workspace = Workspace.of(p, *sizes, list_bytes=list_bytes)
+        middle = [Plan(main, num_blocks * p.num_heads_kv * p.batch, workspace, lists=lists, before=before)]
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
     return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace), *_sinks(p, workspace)
 

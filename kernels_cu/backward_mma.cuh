@@ -25,6 +25,7 @@
 //         to arrive at a tile. A block waits only for blocks launched before it, so the wait ends.
 // Source  Dao 2023 (FlashAttention-2), algorithm 2.
 #pragma once
+#include "attention/block_list.cuh"
 #include "attention/block_range.cuh"
 #include "attention/config.cuh"
 #include "attention/dq_accum.cuh"
@@ -96,7 +97,15 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
     int const v_bytes = shape.head_dim_v * Tiles::kElemBytes;
     BlockRange const range = query_blocks(shape, k_begin, k_end, cfg.block_m);
     bool const ragged = k_end - k_begin < cfg.block_n;
-    int const num_tiles = (range.last - range.first) * shape.group_size;
+    // The tiles of queries of a head: those of the range, or those of a list.
+    constexpr bool kListed = cfg.listed();
+    auto tiles_of = [&](int head) { return BlockList<kListed>(params.score, batch, head, n_block); };
+    int num_tiles = (range.last - range.first) * shape.group_size;
+    if constexpr (kListed) {
+        num_tiles = 0;
+#pragma unroll 1
+        for (int i = 0; i < shape.group_size; ++i) num_tiles += tiles_of(head_kv * shape.group_size + i).length();
+    }
 
     u32 const k_smem = smem;
     u32 const v_smem = k_smem + TileK::kBytes;
@@ -108,15 +117,28 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
 
     // The query tiles of the whole group in one sequence.
     struct Position {
-        int head, m_block;
+        int head, m_block, left;  // left: in a list, with this one
+        bool is_partial;
     };
+    // Where there is a next one.
     auto advance = [&](Position& at) {
-        if (++at.m_block == range.last) {
+        if constexpr (kListed) {
+            --at.left;
+#pragma unroll 1
+            while (at.left <= 0) at.left = tiles_of(++at.head).length();
+            auto const entry = tiles_of(at.head)[tiles_of(at.head).length() - at.left];
+            at.m_block = entry.tile;
+            at.is_partial = entry.is_partial;
+        } else if (++at.m_block == range.last) {
             at.m_block = range.first;
             ++at.head;
         }
     };
-    Position const start = {head_kv * shape.group_size, range.first};
+    Position start = {head_kv * shape.group_size, range.first, 0, true};
+    if constexpr (kListed) {
+        --start.head;
+        if (num_tiles > 0) advance(start);
+    }
     auto stat_row = [&](Position at) {
         return (static_cast<i64>(batch) * shape.num_heads + at.head) * params.rows + at.m_block * cfg.block_m;
     };
@@ -191,9 +213,11 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
 
     // Tile i (and dS of tile i - 1) is in shared memory when this returns, and the next one on its way.
     Position current = start;
+    [[maybe_unused]] Position before = start;  // of a list
     auto previous = [&]() -> Position {
-        if (current.m_block > range.first) return {current.head, current.m_block - 1};
-        return {current.head - 1, range.last - 1};
+        if constexpr (kListed) return before;
+        if (current.m_block > range.first) return {current.head, current.m_block - 1, 0, true};
+        return {current.head - 1, range.last - 1, 0, true};
     };
     auto begin_tile = [&](int i) {
         opaque(lane);  // every address depends on it and is computed where it is used
@@ -255,7 +279,8 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                     for (int m = 0; m < kM; ++m) {
                         float derivative[kN][4];
                         head_scores.template change<true>(p[m], derivative, static_cast<float>(params.scale), shape,
-                                                          current.m_block * cfg.block_m, k_begin + warp_row + 16 * m, lane);
+                                                          current.m_block * cfg.block_m, k_begin + warp_row + 16 * m, lane,
+                                                          current.is_partial);
                         if constexpr (cfg.score.softcap) {
 #pragma unroll
                             for (int n = 0; n < kN; ++n)
@@ -372,7 +397,8 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
         }
         if constexpr (cfg.score.alibi) {
             // The last tile of a head: each key warp leaves its sum, for somebody to add up in a fixed order.
-            if (params.slope_sums != nullptr && !is_value_warp && i < num_tiles && current.m_block + 1 == range.last) {
+            bool const is_last = kListed ? current.left == 1 : current.m_block + 1 == range.last;
+            if (params.slope_sums != nullptr && !is_value_warp && i < num_tiles && is_last) {
 #pragma unroll
                 for (int distance = 1; distance < 32; distance *= 2)
                     slope_sum += __shfl_xor_sync(0xffffffffu, slope_sum, distance);
@@ -382,7 +408,12 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                 slope_sum = 0.f;
             }
         }
-        advance(current);
+        if constexpr (kListed) {
+            before = current;
+            if (i + 1 < num_tiles) advance(current);
+        } else {
+            advance(current);
+        }
     }
 
     // ---- epilogue: dV replaces V, and dK replaces K, which nobody reads any more ----

@@ -70,6 +70,8 @@ struct BackwardMmaConfig {
     bool deterministic;  // d_q is summed in a fixed order
     ScoreConfig score;
 
+    // Whether tiles that a mask hides are skipped: turns are counted by the band alone.
+    constexpr bool listed() const { return score.mask && !deterministic; }
     constexpr int threads() const { return 32 * num_warps; }
 };
 
