@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cuflash import configs, launch
 from cuflash import plan as planning
 from cuflash.plan import DeviceInfo, Plan, plan_backward, plan_forward
-from cuflash.problem import Problem
+from cuflash.problem import Features, Problem
 from cuflash.scores import Band, make_band
 from tests.strategies import head_dims, lengths
 
@@ -35,6 +35,13 @@ PROBLEMS["float16 d64 one query"] = replace(PROBLEMS["float16 d64"], seqlen_q=1)
 PROBLEMS["float16 d64 unaligned"] = replace(PROBLEMS["float16 d64"], vectorized=False)
 PROBLEMS["float16 d64 deterministic"] = replace(PROBLEMS["float16 d64"], deterministic=True)
 PROBLEMS["float32 d64 tf32"] = replace(PROBLEMS["float32 d64"], precision="tf32")
+FEATURES = {
+    "softcap": Features(softcap=2.0),
+    "mask": Features(mask=(False, False)),
+    "everything": Features(2.0, (True, False), "float32", "float32", 0, "float32", 0.1),
+}
+for name, features in FEATURES.items():
+    PROBLEMS[f"float16 d64 {name}"] = replace(PROBLEMS["float16 d64"], features=features)
 
 
 def supported(problem: Problem, arch: int) -> bool:
@@ -43,7 +50,8 @@ def supported(problem: Problem, arch: int) -> bool:
 
 
 def all_plans(problem: Problem, device: DeviceInfo) -> tuple[Plan, ...]:
-    return plan_forward(problem, device), *plan_backward(problem, device)
+    plans = plan_forward(problem, device), *plan_backward(problem, device)
+    return tuple(step for plan in plans for step in (plan.before, plan) if step is not None)
 
 
 def snapshot() -> str:
@@ -88,6 +96,7 @@ def problems(draw: st.DrawFn) -> Problem:
         head_dim, draw(st.one_of(st.just(head_dim), head_dims())), 1.0, draw(st.sampled_from((Band(), band))),
         precision=draw(st.sampled_from(("ieee", "tf32"))) if dtype == "float32" else "ieee",
         deterministic=draw(st.booleans()), vectorized=draw(st.booleans()), mappable=draw(st.booleans()),
+        features=draw(st.sampled_from((Features(), *FEATURES.values()))),
     )  # fmt: skip
 
 
@@ -102,7 +111,9 @@ def test_every_problem_has_plans_that_fit(problem: Problem, arch: int) -> None:
         assert 0 <= plan.grid < 2**31
         assert configs.feasible(plan.config, arch)
         assert plan.config.name in str(plan)
-    assert plan_forward(problem, device).workspace_bytes == 0
+    forward = plan_forward(problem, device)
+    assert (forward.workspace_bytes > 0) == (forward.before is not None and forward.before.grid > 0)
+    assert forward.before is None or problem.features.mask is not None
 
 
 @example(problem=Problem("float16", 0, 3, 1, 257, 1, 32, 32, 1.0), arch=90)
@@ -125,7 +136,7 @@ def test_choice_does_not_depend_on_the_batch(problem: Problem, arch: int) -> Non
 def test_tables_list_every_choice(problem: Problem, arch: int) -> None:
     """`all_configs` is what the tests compile, so nothing may be planned that it leaves out."""
     listed = set(configs.all_configs(arch))
-    if supported(problem, arch):
+    if supported(problem, arch) and problem.features == Features():
         for plan in all_plans(problem, DeviceInfo.of_arch(arch)):
             assert plan.config in listed
 

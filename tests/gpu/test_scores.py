@@ -58,7 +58,15 @@ def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
     pairs = (case.batch, case.num_heads, case.seqlen_q, case.seqlen_k)
     made: dict[str, Any] = {}
     if "mask" in names:
-        made["mask"] = numbers.random(broadcastable(draw, pairs)) < draw(st.sampled_from((0.1, 0.7, 0.95)))
+        made["mask"] = mask = numbers.random(broadcastable(draw, pairs)) < draw(st.sampled_from((0.1, 0.7, 0.95)))
+        if draw(st.booleans()):  # tiles that are hidden, or shown, wholly
+            pairs_of_mask = np.atleast_2d(mask)
+            *outer, rows, columns = pairs_of_mask.shape
+            size = draw(st.sampled_from((16, 64, 128)))
+            tiles = numbers.integers(0, 3, (*outer, -(-rows // size), -(-columns // size)))
+            tiles = tiles.repeat(size, -1).repeat(size, -2)[..., :rows, :columns]
+            pairs_of_mask &= tiles > 0
+            pairs_of_mask |= tiles > 1
     if "bias" in names:
         bias = draw(st.sampled_from((1.0, 10.0))) * numbers.standard_normal(broadcastable(draw, pairs))
         made["bias"] = bias.astype(family.bias_dtype)
