@@ -192,7 +192,7 @@ def tail_in_parts(
     problem: Problem, config: configs.BackwardWgmmaConfig, num_tiles: int, _num_sms: int
 ) -> plan.TileParts:
     """Two tiles in parts, one of which reaches into both: lengths that the planner divides are too long for here."""
-    if not problem.band.is_open or config.score.alibi:
+    if not problem.band.is_open or config.score.alibi or config.listed:
         return plan.TileParts(num_tiles)
     steps = configs.ceil_div(problem.seqlen_q, config.block_m) * problem.group_size
     return plan.TileParts(num_tiles - 2, steps, 2 * steps, steps // 2 + 1)
@@ -259,12 +259,37 @@ def test_scores(
         dtype, batch=2, num_heads=4, num_heads_kv=2, seqlen_q=45, seqlen_k=77, head_dim=24, head_dim_v=32,
         window=(16, 3) if "alibi_slopes" in SCORES[name] else None,
     )  # fmt: skip
-    clean = make_operands(case)
-    extras = make_extras(case, SCORES[name], device.put)
     softened = "softcap" in name or name == "everything"
     options = Options(window=case.window, softcap=2.0 if softened else None, dropout_p=0.25 if softened else 0.0)
-    score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, 77 - 45, extras.sinks,
-                  options.dropout_p, 1 << 40, 3)  # fmt: skip
+    check_scores(case, arch, options, make_extras(case, SCORES[name], device.put), device)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("seed", range(8))
+def test_masks(seed: int, arch: int, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that are hidden and tiles that are shown, with grouped heads and bands, in lists of any length."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    draw = np.random.default_rng(seed)
+    group = int(draw.integers(1, 4))
+    window = None if draw.random() < 0.5 else (int(draw.integers(0, 150)), int(draw.integers(0, 80)))
+    case = Case(
+        "float16", batch=2, num_heads=2 * group, num_heads_kv=2, seqlen_q=int(draw.integers(1, 280)),
+        seqlen_k=int(draw.integers(1, 280)), head_dim=64, head_dim_v=64, window=window, seed=seed,
+    )  # fmt: skip
+    batch, heads = (size if draw.random() < 0.5 else 1 for size in (case.batch, case.num_heads))
+    mask = draw.random((batch, heads, case.seqlen_q, case.seqlen_k)) < 0.8
+    tiles = draw.integers(0, 3, (batch, heads, *(-(-n // 64) for n in mask.shape[2:])))
+    tiles = tiles.repeat(64, -1).repeat(64, -2)[:, :, : case.seqlen_q, : case.seqlen_k]
+    extras = Extras(device.put(np.broadcast_to((mask & (tiles > 0)) | (tiles > 1), mask.shape)), None, None, None)
+    check_scores(case, arch, Options(window=window), extras, device)
+
+
+def check_scores(case: Case, arch: int, options: Options, extras: Extras, device: Device) -> None:
+    """Judge out, LSE and all gradients of a call with that done to its scores."""
+    clean = make_operands(case)
+    score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, case.seqlen_k - case.seqlen_q,
+                  extras.sinks, options.dropout_p, 1 << 40, 3)  # fmt: skip
     yardstick = Yardstick(clean.q, clean.k, clean.v, band=case.band, scale=case.softmax_scale, score=score)
 
     def view(array: np.ndarray, name: str) -> ArrayView:
