@@ -984,6 +984,14 @@ def backward_companions(
     )
 
 
+def mask_blocks_config(
+    main: ForwardMmaConfig | ForwardWgmmaConfig | BackwardMmaConfig | BackwardWgmmaConfig,
+) -> MaskBlocksConfig:
+    """The kernel that looks, before the main one, which tiles a mask hides."""
+    by_keys = isinstance(main, BackwardMmaConfig | BackwardWgmmaConfig)
+    return MaskBlocksConfig(main.params, main.block_m, main.block_n, by_keys)
+
+
 def backward_gather_config(main: BackwardWgmmaConfig) -> BackwardGatherConfig:
     """The kernel for tiles of keys that blocks of the main one share."""
     return BackwardGatherConfig(main.mma, main.head_dim, main.head_dim_v, main.block_n, main.deterministic)
@@ -1042,11 +1050,19 @@ def _score_configs(arch: int) -> Iterator[Config]:
         has_all = dtype == "float16" and arch in (75, 80, 90)
         for dims in HEAD_DIM_PAIRS if has_all else ((64, 64), (128, 128)):
             for score in (every, *(alone if has_all and arch == 90 and dims == (64, 64) else ())):
-                yield forward_mma_config(mma, arch, *dims, True, score)
-                yield backward_mma_config(mma, arch, *dims, True, False, score)
+                forward: list[ForwardMmaConfig | ForwardWgmmaConfig] = [
+                    forward_mma_config(mma, arch, *dims, True, score)
+                ]
+                backward: list[BackwardMmaConfig | BackwardWgmmaConfig] = [
+                    backward_mma_config(mma, arch, *dims, True, False, score)
+                ]
                 if has_wgmma(mma, arch):
-                    yield from (row for row, _ in forward_wgmma_configs(mma, *dims, True, score))
-                    yield backward_wgmma_config(mma, *dims, False, score)
+                    forward += [row for row, _ in forward_wgmma_configs(mma, *dims, True, score)]
+                    backward.append(backward_wgmma_config(mma, *dims, False, score))
+                for main in (*forward, *backward):
+                    yield main
+                    if score.mask:
+                        yield mask_blocks_config(main)
 
 
 def _all_configs(arch: int) -> Iterator[Config]:

@@ -337,8 +337,8 @@ def _with_lists(plan: Plan, config: configs.ForwardMmaConfig | configs.ForwardWg
     if p.features.mask is None:
         return plan
     lists = MaskLists.of(p, ceil_div(p.seqlen_q, config.block_m), ceil_div(p.seqlen_k, config.block_n))
-    before = configs.MaskBlocksConfig(config.params, config.block_m, config.block_n, False)
-    return replace(plan, lists=lists, before=Plan(before, lists.num_lists))
+    before = Plan(configs.mask_blocks_config(config), lists.num_lists)
+    return replace(plan, lists=lists, before=before)
 
 
 def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
@@ -431,7 +431,7 @@ def plans_around(
     lists, before = None, None
     if main.listed:
         lists = MaskLists.of(p, num_blocks, ceil_div(p.seqlen_q, main.block_m))
-        before = Plan(configs.MaskBlocksConfig(main.params, main.block_m, main.block_n, True), lists.num_lists)
+        before = Plan(configs.mask_blocks_config(main), lists.num_lists)
     list_bytes = 0 if lists is None else lists.num_bytes
     if isinstance(main, configs.BackwardWgmmaConfig):
         order = _backward_order(p, main)
