@@ -171,24 +171,28 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             TileCoordinates const at = tile_coordinates(order, end ? 0 : index);
             int const q_begin = at.block * rows_per_tile;
             int const q_end = min(shape.seqlen_q, q_begin + rows_per_tile);
-            BlockRange const range = key_blocks(shape, q_begin, q_end, cfg.block_n);
+            BlockRange range = key_blocks(shape, q_begin, q_end, cfg.block_n);
+            BlockList<cfg.score.mask> const tiles(params.score, at.batch, at.head, at.block);
+            if constexpr (cfg.score.mask) {  // positions in the list
+                range.first = 0;
+                range.last = tiles.length();
+            }
 
             int const head_kv = at.head / (shape.group_size / order.pack);
-            BlockList<cfg.score.mask> const tiles(params.score, at.batch, at.head, at.block);
-            int const last = tiles.last(range.last), first = end ? last : tiles.first(range.first);
-            bool const any = first < last;
+            int const first = end ? range.last : range.first;
+            bool const any = first < range.last;
 #pragma unroll 1
-            for (int n = last - 1; n >= first || n == last - 1; --n) {
+            for (int n = range.last - 1; n >= first || n == range.last - 1; --n) {
                 // Without keys here, the values that are due come alone.
                 if (any || v_block >= 0) step(any ? tiles[n].tile : -1, head_kv, at.batch);
-                if (n != last - 1) continue;
+                if (n != range.last - 1) continue;
                 // Queries come after the first keys: their place may not be free before the step that these belong to.
                 int const slot = tile.stage();
                 mbarrier_wait(q_empty + 8 * slot, ~tile.parity() & 1);
                 if (leader)
                     st_shared_v4(smem + Tiles::kNotes + 16 * slot,
                                  uint4{end ? ~0u : static_cast<u32>(index), static_cast<u32>(q_begin),
-                                       static_cast<u32>(first), static_cast<u32>(last)});
+                                       static_cast<u32>(first), static_cast<u32>(range.last)});
                 u32 const q_smem = smem + slot * TileQ::kBytes;
                 if constexpr (kTma) {
                     if (leader) {
@@ -292,10 +296,12 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         int const own_begin = query_of_row(first_row);
         int const own_end = min(q_end, query_of_row(first_row + 63) + 1);
         BlockRange const own = key_blocks(shape, own_begin, own_end, cfg.block_n);
-        // Of a list it takes all.
-        int const own_first = cfg.score.mask ? first : min(max(own.first, first), last);
-        int const seen_last = cfg.score.mask ? last : min(max(own.last, own_first), last);
-        int const own_last = own_begin < own_end && !end ? seen_last : own_first;
+        int own_first = min(max(own.first, first), last);
+        int own_last = own_begin < own_end && !end ? min(max(own.last, own_first), last) : own_first;
+        if constexpr (cfg.score.mask) {  // of a list it takes all
+            own_first = first;
+            own_last = own_begin < own_end && !end ? last : first;
+        }
         bool const any = own_first < own_last;
         bool const chain = cfg.q_stages > 1 && pending && any && own_last == last;
 
@@ -331,8 +337,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             }
         };
         auto mask = [&](float (&s)[1][kN][4], int position) {
-            auto const [n, is_partial] = tiles[position];
-            change(s, n, is_partial);
+            int n = position;
+            if constexpr (cfg.score.mask) n = tiles[position].tile;
+            change(s, n, cfg.score.mask && tiles[position].is_partial);
             if (!own.needs_mask(n)) return;
             int row = warp_row;
             opaque(row);
