@@ -14,6 +14,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: FlashAttention-4 on the package index.
+FA4 = "flash-attn-4"
+
 
 def collect(commit: str | None = None) -> dict[str, Any]:
     """Everything known about where this runs; what is absent is None.
@@ -28,7 +31,7 @@ def collect(commit: str | None = None) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("numpy", "cupy", "torch", "triton")},
-        "flash-attn-4": _installed("flash-attn-4"),
+        FA4: installed(FA4),
     }
 
 
@@ -93,8 +96,8 @@ def _module(name: str) -> Any:
         return None
 
 
-def _installed(distribution: str) -> str | None:
-    """Version of a package that does not tell it itself."""
+def installed(distribution: str) -> str | None:
+    """Version of a package by its name on the index, or None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,6 @@ the one that skipped a layer.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cuflash
 
 from .check import Inputs
+from .context import FA4, installed
 from .shapes import Workload
 from .timing import Call
 
@@ -150,12 +150,8 @@ def _top_left(workload: Workload) -> str | None:
     return "its causal mask is aligned top-left, not bottom-right" if other else None
 
 
-def _fa4_is_here(_: Workload) -> str | None:
-    try:
-        found = importlib.util.find_spec("flash_attn.cute")
-    except ModuleNotFoundError:
-        found = None
-    return None if found else "flash-attn-4 is not installed"
+def _needs_fa4(_: Workload) -> str | None:
+    return None if installed(FA4) else f"{FA4} is not installed"
 
 
 def _sdpa(name: str, backend: SDPBackend, *rules: Rule) -> Provider:
@@ -175,7 +171,7 @@ PROVIDERS = {
         _sdpa("sdpa-math", SDPBackend.MATH),
         Provider("sdpa", _bind_sdpa, (_top_left,)),
         Provider("flex", _bind_flex),
-        Provider("fa4", _bind_fa4, (_fa4_is_here, _only_16_bit, _up_to_256)),
+        Provider("fa4", _bind_fa4, (_needs_fa4, _only_16_bit, _up_to_256)),
     )
 }
 

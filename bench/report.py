@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .context import device_name, slug
+from .context import FA4, device_name, slug
 from .rows import Results, Row, load_all
 from .shapes import Workload
 
@@ -140,7 +140,7 @@ def context_line(run: Results) -> str:
     labels = {"numpy": "NumPy"}
     if run.suite != "cpu":
         labels = {"driver": "driver", "cuda": "CUDA", "nvrtc": "NVRTC", "cudnn": "cuDNN", "cupy": "CuPy"}
-        labels["flash-attn-4"] = "FlashAttention-4"
+        labels[FA4] = "FlashAttention-4"
     labels["torch"] = "PyTorch"
     parts = [device_name(run.suite, facts)]
     parts += [f"{label} {facts[name]}" for name, label in labels.items() if facts.get(name)]

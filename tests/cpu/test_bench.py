@@ -312,11 +312,16 @@ def test_rows_that_see_nothing_are_zero():
     assert all(bool(tensor.isfinite().all()) for tensor in exact.values())
 
 
-def test_providers_say_what_they_do_not_serve():
+def test_providers_say_what_they_do_not_serve(monkeypatch):
     _, providers, _ = modules()
     known = providers.PROVIDERS
     assert known["cuflash"].unsupported(Workload("float32", 1, 4, 5, 333, True, 2, 9)) is None
     assert known["sdpa-fa2"].unsupported(FULL) is None
+    monkeypatch.setattr(providers, "installed", {"flash-attn-4": "4.0"}.get)
+    assert known["fa4"].unsupported(FULL) is None
+    assert "float32" in known["fa4"].unsupported(replace(FULL, dtype="float32"))
+    monkeypatch.setattr(providers, "installed", {}.get)
+    assert known["fa4"].unsupported(FULL) == "flash-attn-4 is not installed"
     assert "float32" in known["sdpa-fa2"].unsupported(replace(FULL, dtype="float32"))
     assert "257" in known["sdpa-cudnn"].unsupported(replace(FULL, head_dim=257))
     assert "grouped" in known["sdpa-efficient"].unsupported(replace(FULL, num_heads_kv=2))

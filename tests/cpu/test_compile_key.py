@@ -86,7 +86,7 @@ def test_an_edited_header_is_what_gets_compiled(tmp_path: Path, monkeypatch: pyt
 def test_run_time_values_are_no_new_key(change: dict) -> None:
     ampere = DeviceInfo.of_arch(80)
     assert sources(replace(PROBLEM, **change), ampere) == sources(PROBLEM, ampere)
-    # On Hopper a few configurations serve few and many queries; all else is the same.
+    # On Hopper a few configurations of the forward serve few and many queries; all else is the same.
     one, other = sources(replace(PROBLEM, **change)), sources(PROBLEM)
     forward = {compiler.source(config) for config, _ in configs.forward_wgmma_configs("f16", 64, 64, True)}
     assert len(forward) <= 3

@@ -378,6 +378,17 @@ BUGS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("config", [BACKWARD, IN_TURN], ids=lambda config: config.name)
+def test_keys_that_nobody_sees(
+    config: Main, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles without work follow each other so fast that one is claimed while an earlier one is still stored."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    case = Case(batch=3, num_heads=2, seqlen_q=100, seqlen_k=1200, is_causal=True, q_offset=0)
+    check(Run(config, case), device, range(6))
+
+
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_bug_is_found(bug: Bug, objects: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that are right do not show what the emulator would say of others."""
