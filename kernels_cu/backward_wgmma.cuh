@@ -477,17 +477,19 @@ struct BackwardConsumer {
     // dQ of the last step of a tile.
     template <int kFirst, int kLast>
     CUFLASH_DEVICE void last_dq() const {
-        steps.await_ds(at + -1);
-        steps.await_turn(at + -1);
-        float dq[kNDQ][4];
+        if constexpr (kFirst < kLast) {
+            steps.await_ds(at + -1);
+            steps.await_turn(at + -1);
+            float dq[kNDQ][4];
 #pragma unroll
-        for (int share = kFirst; share < kLast; ++share) {
-            issue_dq(dq, at + -1, share);
-            warpgroup_wait<0>();
-            warpgroup_pin(dq);
-            add_dq(dq, at + -1, share);
+            for (int share = kFirst; share < kLast; ++share) {
+                issue_dq(dq, at + -1, share);
+                warpgroup_wait<0>();
+                warpgroup_pin(dq);
+                add_dq(dq, at + -1, share);
+            }
+            steps.finish_turn(lane);
         }
-        steps.finish_turn(lane);
         release(steps.kv_empty(tile));
     }
     // P on its way to the same lanes of the other warpgroup. The next one follows when dS of this one is there.

@@ -54,6 +54,8 @@ struct BackwardSteps {
     using Position = Ring<cfg.num_stages>;     // of a step
     using TilePosition = Ring<cfg.kv_stages>;  // of a tile of keys
     static constexpr int kConsumerWarps = 4 * cfg.consumers();
+    // By role, a single share of d_q is that of one warpgroup.
+    static constexpr int kAddingWarps = cfg.by_role() && cfg.dq_warps() == 4 ? 4 : kConsumerWarps;
     // Warps hold a tile of dQ as 16 rows each, or, transposed, as 16 columns.
     using Accum = DqAccum<cfg.dq_transposed() ? cfg.dq_columns() : cfg.block_m,
                           cfg.dq_transposed() ? cfg.block_m : cfg.head_dim, cfg.dq_warps(), cfg.dq_warps(), 4>;
@@ -94,7 +96,7 @@ struct BackwardSteps {
             mbarrier_init(kv_empty(TilePosition{i}), kConsumerWarps + (cfg.deterministic ? 2 : 0));
         }
         mbarrier_init(turn(), 1);
-        mbarrier_init(added(), kConsumerWarps);
+        mbarrier_init(added(), kAddingWarps);
         mbarrier_init(seen(), 1);
         for (u32 i = 0; i < 2; ++i) mbarrier_init(ds_full(Position{i}), cfg.by_role() ? 4 : kConsumerWarps);
         for (u32 i = 0; i < cfg.num_stages; ++i) {

@@ -210,6 +210,7 @@ def test_call(run: Run, programs: Programs, tmp_path: Path, monkeypatch: pytest.
 #: What calls do to their scores: names of the arrays of ``Extras``, softcap and dropout.
 SCORES = {
     "softcap and dropout": (),
+    "softcap and dropout in a fixed order": (),
     "bias, slopes and sinks": ("bias", "alibi_slopes", "sinks"),
     "mask": ("mask",),
     "everything": ("mask", "bias", "alibi_slopes", "sinks"),
@@ -260,7 +261,10 @@ def test_scores(
         window=(16, 3) if "alibi_slopes" in SCORES[name] else None,
     )  # fmt: skip
     softened = "softcap" in name or name == "everything"
-    options = Options(window=case.window, softcap=2.0 if softened else None, dropout_p=0.25 if softened else 0.0)
+    options = Options(
+        window=case.window, softcap=2.0 if softened else None, dropout_p=0.25 if softened else 0.0,
+        deterministic="order" in name,
+    )  # fmt: skip
     check_scores(case, arch, options, make_extras(case, SCORES[name], device.put), device)
 
 
