@@ -639,7 +639,7 @@ def _check_features(options: Options, extras: Extras, shapes: _Shapes, mask: tup
         )
     return Features(
         softcap=_check_softcap(options.softcap),
-        mask=None if mask is None else (mask[0] != 0, mask[1] != 0),
+        mask=None if mask is None else (mask[0] != 0, mask[1] != 0, mask[2] != 0, mask[3] != 0),
         bias=dtypes.bias,
         alibi_slopes=dtypes.alibi_slopes,
         q_offset=q_offset,

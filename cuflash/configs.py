@@ -762,16 +762,35 @@ _FORWARD_WGMMA: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] = {
 }
 
 
-# Where scores or weights are changed: fewer keys at a time, which leaves registers for it. Costs are not measured yet.
+# Where scores or weights are changed: fewer queries or keys at a time, which leaves registers for it; fewer yet with a
+# bias, that is fetched a step ahead. The first row is measured for heads of 64 and 128, and the costs are not.
 _FORWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] = {
-    (32, 32): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
-    (64, 64): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
-    (96, 96): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
-    (128, 128): (64, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (32, 32): (128, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (64, 64): (128, ((128, 3, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (96, 96): (128, ((128, 2, 2, False, 1.0), (64, 2, 2, False, 0.6))),
+    (128, 128): (128, ((128, 2, 2, False, 1.0), (64, 2, 2, False, 0.6))),
     (192, 128): (64, ((128, 3, 1, False, 1.0), (64, 3, 2, False, 0.6))),
     (192, 192): (64, ((128, 2, 1, False, 1.0), (64, 3, 1, False, 0.6))),
     (256, 256): (32, ((128, 3, 1, False, 1.0), (64, 4, 2, False, 0.6))),
 }
+_FORWARD_WGMMA_BIAS = _FORWARD_WGMMA_SCORES | {
+    (32, 32): (96, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (64, 64): (96, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
+    (96, 96): (80, ((128, 3, 2, False, 1.0), (64, 3, 2, False, 0.6))),
+    (128, 128): (80, ((128, 3, 2, False, 1.0), (64, 3, 2, False, 0.6))),
+}
+# Without a mask, whose hidden blocks are those of powers of two.
+_FORWARD_WGMMA_UNMASKED = _FORWARD_WGMMA_SCORES | {
+    (64, 64): (96, ((192, 4, 2, False, 1.0), (128, 4, 2, False, 0.85), (64, 4, 2, False, 0.6))),
+}
+
+
+def _forward_wgmma_table(score: ScoreConfig) -> dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]]:
+    if not score.any():
+        return _FORWARD_WGMMA
+    if score.bias:
+        return _FORWARD_WGMMA_BIAS
+    return _FORWARD_WGMMA_SCORES if score.mask else _FORWARD_WGMMA_UNMASKED
 
 
 def forward_wgmma_configs(
@@ -781,7 +800,7 @@ def forward_wgmma_configs(
 
     The rows of one entry give the same bits: they differ in nothing that rounding depends on.
     """
-    block_n, rows = (_FORWARD_WGMMA_SCORES if score.any() else _FORWARD_WGMMA)[head_dim, head_dim_v]
+    block_n, rows = _forward_wgmma_table(score)[head_dim, head_dim_v]
     copy = "tma" if vectorized else "element"
     # Copying element by element takes registers that three consumers do not leave.
     most = 192 if vectorized else 128
@@ -944,13 +963,27 @@ _BACKWARD_WGMMA: dict[tuple[int, int], tuple[int, int, int, int, bool]] = {
 }
 # The same, by role, where scores or weights are changed: only then there are registers for it.
 _BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int]] = {
-    (64, 64): (64, 64, 1, 2),
+    (64, 64): (128, 64, 2, 2),
     (96, 96): (64, 64, 1, 2),
     (128, 128): (64, 64, 1, 2),
     (192, 128): (64, 64, 1, 3),
     (192, 192): (64, 64, 1, 2),
     (256, 256): (48, 64, 1, 2),
 }
+# Derivatives of softcap take registers, too.
+_BACKWARD_WGMMA_SOFTCAP = _BACKWARD_WGMMA_SCORES | {(64, 64): (64, 64, 1, 2)}
+# Without a mask, whose hidden blocks are those of powers of two.
+_BACKWARD_WGMMA_UNMASKED = {(128, 128): (80, 64, 1, 2)}
+_BACKWARD_WGMMA_UNMASKED_SOFTCAP = {(64, 64): (96, 64, 1, 2), (128, 128): (96, 64, 1, 2)}
+
+
+def _backward_wgmma_score_row(head_dims: tuple[int, int], score: ScoreConfig) -> tuple[int, int, int, int]:
+    row = (_BACKWARD_WGMMA_SOFTCAP if score.softcap else _BACKWARD_WGMMA_SCORES)[head_dims]
+    if score.mask:
+        return row
+    return (_BACKWARD_WGMMA_UNMASKED_SOFTCAP if score.softcap else _BACKWARD_WGMMA_UNMASKED).get(head_dims, row)
+
+
 #: The widest head_dim that gains from `overlap` where d_q is summed in a fixed order, too.
 _OVERLAP_IN_ORDER = 64
 
@@ -961,7 +994,7 @@ def backward_wgmma_config(
     """The row of the table; `head_dim`s are padded ones."""
     if score.any():
         dims = max((head_dim, head_dim_v), (64, 64))
-        tile = _BACKWARD_WGMMA_SCORES[dims]
+        tile = _backward_wgmma_score_row(dims, score)
         return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
     row = _BACKWARD_WGMMA[head_dim, head_dim_v]
     gains = not deterministic or head_dim <= _OVERLAP_IN_ORDER
@@ -984,10 +1017,8 @@ def backward_companions(
     )
 
 
-def mask_blocks_config(
-    main: ForwardMmaConfig | ForwardWgmmaConfig | BackwardMmaConfig | BackwardWgmmaConfig,
-) -> MaskBlocksConfig:
-    """The kernel that looks, before the main one, which tiles a mask hides."""
+def mask_blocks_config(main: TileConfig) -> MaskBlocksConfig:
+    """The kernel that looks at the mask before the main one: which tiles it hides, and its bits."""
     by_keys = isinstance(main, BackwardMmaConfig | BackwardWgmmaConfig)
     return MaskBlocksConfig(main.params, main.block_m, main.block_n, by_keys)
 

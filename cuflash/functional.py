@@ -83,8 +83,8 @@ def attention(
     v : array, shape (..., heads_kv, seqlen_k, head_dim_v)
         Values; ``head_dim_v`` may differ from ``head_dim``.
     mask : array of bool, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
-        True where a query sees a key, in either layout; any strides. Which tiles it hides wholly is found out first,
-        and tensor-core kernels leave these out.
+        True where a query sees a key, in either layout; any strides. Tensor-core kernels leave out the tiles that it
+        hides wholly; what they need to know of it, a bit per element of the mask, is found out first.
     bias : array of floats, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
         Added to the scores; any strides. It may be of another dtype than `q`. -inf hides a key.
     is_causal : bool, default False

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import compile as compiler
 from . import configs, environment, params, rng
-from .plan import DeviceInfo, Plan, plan_backward, plan_forward
+from .plan import DeviceInfo, MaskBlocks, Plan, plan_backward, plan_forward
 from .problem import ITEMSIZE, Problem
 from .scores import NO_EXTRAS, Band, Extras
 from .tensor_map import TensorMap, TensorMaps
@@ -115,6 +115,13 @@ def _with_keys(problem: Problem, first: int, end: int) -> Problem:
     return dataclasses.replace(problem, seqlen_k=end - first, band=Band(lower, upper), features=features)
 
 
+def _fill_mask_blocks(block: Any, made: MaskBlocks | None) -> None:
+    """Write the strides of what is made of the mask, if there is one; pointers follow with every call."""
+    if made is not None:
+        block["score"]["mask_blocks"] = (0, *made.list_strides, 0)
+        block["score"]["mask_bits"] = (0, *made.bits_strides)
+
+
 def _forward_maps(
     problem: Problem, config: configs.ForwardWgmmaConfig, pack: int, *strides: params.Strides
 ) -> TensorMaps:
@@ -208,10 +215,12 @@ class ForwardCall:
         block["scale"] = problem.scale
         params.fill_score(block, problem, extras, itemsizes)
         block["score"]["first_key"] = first_key
-        of_score = tuple(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch", "mask_blocks"))
+        of_score = tuple(
+            f"score.{name}" for name in (*Extras._fields, "seed", "first_batch", "mask_blocks", "mask_bits")
+        )
         pointers = ("q", "k", "v", "out", "lse", *of_score)
-        if self.plan.lists is not None:
-            block["score"]["mask_blocks"] = (0, *self.plan.lists.strides, 0)
+        _fill_mask_blocks(block, self.plan.mask_blocks)
+        self._bits_at = 0 if self.plan.mask_blocks is None else self.plan.mask_blocks.bits_at
         self._call = _Call((self.plan,), device_id, block, pointers, maps)
 
     def __call__(
@@ -232,7 +241,8 @@ class ForwardCall:
         `extras` are pointers, or 0; `first_batch` is the number of the first batch entry, as dropout counts them.
         """
         extras = tuple(map(operator.add, extras, self._extra_offsets))
-        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *extras, seed, first_batch, workspace)
+        of_mask = workspace, workspace + self._bits_at
+        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *extras, seed, first_batch, *of_mask)
 
 
 class BackwardCall:
@@ -261,10 +271,12 @@ class BackwardCall:
         _announce(problem, self.plans)
         layout = self.plans[0].workspace
         assert layout is not None
-        #: Bytes of scratch memory, aligned to 256, that every call needs; O(seqlen), and with a mask a number per tile.
+        #: Bytes of scratch memory, aligned to 256, that every call needs: O(seqlen), and a bit per element of a mask.
         self.workspace_bytes = layout.total
-        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts", "lists")
-        self._offsets = [getattr(layout, name) for name in scratch]
+        scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
+        mask_blocks = self.plans[1].mask_blocks
+        bits_at = layout.mask_blocks + (0 if mask_blocks is None else mask_blocks.bits_at)
+        self._offsets = [*(getattr(layout, name) for name in scratch), layout.mask_blocks, bits_at]
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
         block = np.zeros(1, params.PARAMS[main.params])
@@ -298,10 +310,8 @@ class BackwardCall:
             self.num_slope_sums = -(-problem.seqlen_k // main.block_n) * main.slope_sums
         if problem.features.sinks is not None:
             self.num_sink_sums = self.plans[-1].config.num_warps
-        lists = self.plans[1].lists
-        if lists is not None:
-            block["score"]["mask_blocks"] = (0, *lists.strides, 0)
-        parts = (*scratch[:-1], "score.mask_blocks")
+        _fill_mask_blocks(block, mask_blocks)
+        parts = (*scratch, "score.mask_blocks", "score.mask_bits")
         self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *parts, *of_score), maps)
 
     def __call__(

@@ -32,9 +32,13 @@ _SHAPE = np.dtype(
 _PAIRS = np.dtype(
     [("pointer", "u8"), *((f"{axis}_stride", "i8") for axis in ("batch", "head", "query", "key"))], align=True
 )
+_MASK_BITS = np.dtype(
+    [("pointer", "u8"), *((f"{axis}_stride", "i8") for axis in ("batch", "head", "row", "tile"))], align=True
+)
 _SCORE = np.dtype(
     [
         *((name, _PAIRS) for name in ("mask", "bias", "alibi_slopes", "sinks", "mask_blocks")),
+        ("mask_bits", _MASK_BITS),
         ("seed", "u8"),
         ("softcap", "f8"),
         ("kept_scale", "f8"),

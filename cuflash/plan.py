@@ -63,7 +63,7 @@ class Workspace:
     counters: int
     parts: int
     total: int
-    lists: int = 0
+    mask_blocks: int = 0
     delta: int = 0
     num_counters: int = 0
 
@@ -77,19 +77,19 @@ class Workspace:
         semaphores: int,
         num_counters: int = 0,
         part_floats: int = 0,
-        list_bytes: int = 0,
+        mask_bytes: int = 0,
     ) -> Workspace:
-        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, the tail, and lists."""
+        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, the tail and the mask."""
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
         sizes = [heads * rows * itemsize] * 2
         sizes += [n * 4 for n in (heads * rows * dq_columns, tiles * semaphores, num_counters, part_floats)]
         ends = [0]
-        for size in (*sizes, list_bytes):
+        for size in (*sizes, mask_bytes):
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
-        lse_log2, dq_accum, semaphore, counters, parts, lists, total = ends[1:]
-        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, lists, num_counters=num_counters)
+        lse_log2, dq_accum, semaphore, counters, parts, mask_blocks, total = ends[1:]
+        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, mask_blocks, num_counters=num_counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,35 +215,62 @@ def _makespan(cost: np.ndarray, heads: int, section: int, grid: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class MaskLists:
-    """For every tile, a list of those that a mask lets it see: ``mask_blocks.cuh``."""
+class MaskBlocks:
+    """What ``mask_blocks.cuh`` makes of a mask: for every tile a list of those that it sees, and the mask in bits."""
 
+    #: Batch entries and heads that have a mask of their own.
     batch: int
     heads: int
+    #: Tiles of a head, and of the other axis.
     tiles: int
-    longest: int
+    others: int
+    #: Rows of bits of a head, and the bytes in them of one tile and of all.
+    rows: int
+    tile_bytes: int
+    row_bytes: int
 
     @classmethod
-    def of(cls, problem: Problem, tiles: int, longest: int) -> MaskLists:
-        """Lists of `tiles` per head, where batch entries and heads have a mask of their own only if masks differ."""
-        assert problem.features.mask is not None
-        by_batch, by_head = problem.features.mask
-        return cls(problem.batch if by_batch else 1, problem.num_heads if by_head else 1, tiles, longest)
+    def of(cls, problem: Problem, block_m: int, block_n: int, by_keys: bool) -> MaskBlocks:
+        """Lists of tiles of keys for those of queries, or by keys the other way round."""
+        p = problem
+        assert p.features.mask is not None
+        by_batch, by_head, by_query, by_key = p.features.mask
+        axes = (p.seqlen_q, block_m, by_query), (p.seqlen_k, block_n, by_key)
+        (rows, block, rows_differ), (columns, other, columns_differ) = axes[::-1] if by_keys else axes
+        others = ceil_div(columns, other)
+        return cls(
+            p.batch if by_batch else 1, p.num_heads if by_head else 1, ceil_div(rows, block), others,
+            rows if rows_differ else 1, other // 8, ceil_div((others if columns_differ else 1) * other // 8, 16) * 16,
+        )  # fmt: skip
 
     @property
     def num_lists(self) -> int:
         return self.batch * self.heads * self.tiles
 
     @property
-    def strides(self) -> tuple[int, int, int]:
+    def list_strides(self) -> tuple[int, int, int]:
         """Bytes from one batch entry, head and tile to the next; 0 where they share lists."""
-        of_tile = 4 * (1 + self.longest)
-        of_head = of_tile * self.tiles
-        return of_head * self.heads if self.batch > 1 else 0, of_head if self.heads > 1 else 0, of_tile
+        of_tile = 4 * (1 + self.others)
+        return *self._outer(of_tile * self.tiles), of_tile
+
+    @property
+    def bits_strides(self) -> tuple[int, int, int, int]:
+        """Bytes from one batch entry, head, row, and tile of the other axis to the next; 0 where they are alike."""
+        all_alike = self.row_bytes < self.others * self.tile_bytes
+        of_row, of_tile = self.row_bytes if self.rows > 1 else 0, 0 if all_alike else self.tile_bytes
+        return *self._outer(self.row_bytes * self.rows), of_row, of_tile
+
+    def _outer(self, of_head: int) -> tuple[int, int]:
+        return of_head * self.heads if self.batch > 1 else 0, of_head if self.heads > 1 else 0
+
+    @property
+    def bits_at(self) -> int:
+        """Where the bits begin, behind the lists."""
+        return ceil_div(self.num_lists * self.list_strides[2], 256) * 256
 
     @property
     def num_bytes(self) -> int:
-        return self.num_lists * self.strides[2]
+        return self.bits_at + self.batch * self.heads * self.rows * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +282,8 @@ class Plan:
     workspace: Workspace | None = None
     order: TileOrder | None = None
     tail: TileParts | None = None
-    #: The lists that the launch reads, and the launch that makes them.
-    lists: MaskLists | None = None
+    #: What the launch reads of a mask, and the launch that makes it.
+    mask_blocks: MaskBlocks | None = None
     before: Plan | None = None
 
     @property
@@ -275,7 +302,7 @@ class Plan:
     def workspace_bytes(self) -> int:
         if self.workspace is not None:
             return self.workspace.total
-        return self.lists.num_bytes if self.lists is not None else 0
+        return self.mask_blocks.num_bytes if self.mask_blocks is not None else 0
 
     def __str__(self) -> str:
         workspace = f", workspace {self.workspace_bytes:,} B" if self.workspace_bytes else ""
@@ -328,17 +355,16 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
     if family == "wgmma":
         raise _no_wgmma(p, device, configs.has_wgmma(mma, device.arch))
     config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, score)
-    return _with_lists(Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch), config, p)
+    return _with_mask(Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch), config, p)
 
 
-def _with_lists(plan: Plan, config: configs.ForwardMmaConfig | configs.ForwardWgmmaConfig, problem: Problem) -> Plan:
-    """The forward after the launch that looks which tiles a mask hides, if there is one."""
-    p = problem
-    if p.features.mask is None:
+def _with_mask(plan: Plan, config: configs.TileConfig, problem: Problem) -> Plan:
+    """A main kernel after the launch that looks at the mask, if there is one."""
+    if problem.features.mask is None:
         return plan
-    lists = MaskLists.of(p, ceil_div(p.seqlen_q, config.block_m), ceil_div(p.seqlen_k, config.block_n))
-    before = Plan(configs.mask_blocks_config(config), lists.num_lists)
-    return replace(plan, lists=lists, before=before)
+    looks = configs.mask_blocks_config(config)
+    mask_blocks = MaskBlocks.of(problem, config.block_m, config.block_n, looks.by_keys)
+    return replace(plan, mask_blocks=mask_blocks, before=Plan(looks, mask_blocks.num_lists))
 
 
 def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
@@ -383,7 +409,7 @@ def _pack(problem: Problem, block_m: int) -> int:
 def wgmma_plan(config: configs.ForwardWgmmaConfig, problem: Problem, device: DeviceInfo, pack: int = 1) -> Plan:
     """The launch of a Hopper configuration: a block per multiprocessor, or per tile if there are fewer."""
     order = _forward_order(problem, config, pack, device.num_sms)
-    return _with_lists(Plan(config, min(order.num_tiles, device.num_sms), order=order), config, problem)
+    return _with_mask(Plan(config, min(order.num_tiles, device.num_sms), order=order), config, problem)
 
 
 def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") -> tuple[Plan, ...]:
@@ -428,25 +454,23 @@ def plans_around(
     preprocess, convert = configs.backward_companions(main)
     sizes = main.block_m, 4, main.dq_columns, preprocess.semaphores
     num_blocks = ceil_div(p.seqlen_k, main.block_n)
-    lists, before = None, None
-    if main.listed:
-        lists = MaskLists.of(p, num_blocks, ceil_div(p.seqlen_q, main.block_m))
-        before = Plan(configs.mask_blocks_config(main), lists.num_lists)
-    list_bytes = 0 if lists is None else lists.num_bytes
+    mask_bytes = 0
+    if p.features.mask is not None:
+        mask_bytes = MaskBlocks.of(p, main.block_m, main.block_n, by_keys=True).num_bytes
     if isinstance(main, configs.BackwardWgmmaConfig):
         order = _backward_order(p, main)
         tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
         gather = configs.backward_gather_config(main)
         part_floats = tail.places * gather.place_elems
-        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats, list_bytes=list_bytes)
+        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats, mask_bytes=mask_bytes)
         # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
         grid = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
-        middle = [Plan(main, grid, workspace, order, tail, lists, before)]
+        middle = [_with_mask(Plan(main, grid, workspace, order, tail), main, p)]
         if tail.num_tiles:
             middle.append(Plan(gather, tail.num_tiles * gather.main_warps, workspace))
     else:
-        workspace = Workspace.of(p, *sizes, list_bytes=list_bytes)
-        middle = [Plan(main, num_blocks * p.num_heads_kv * p.batch, workspace, lists=lists, before=before)]
+        workspace = Workspace.of(p, *sizes, mask_bytes=mask_bytes)
+        middle = [_with_mask(Plan(main, num_blocks * p.num_heads_kv * p.batch, workspace), main, p)]
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
     return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace), *_sinks(p, workspace)
 

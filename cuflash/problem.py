@@ -18,8 +18,8 @@ class Features:
     """
 
     softcap: float | None = None
-    #: Whether the mask differs among batch entries, and among heads.
-    mask: tuple[bool, bool] | None = None
+    #: Whether the mask differs among batch entries, heads, queries and keys.
+    mask: tuple[bool, bool, bool, bool] | None = None
     bias: str | None = None
     alibi_slopes: str | None = None
     #: Where query 0 stands among the keys; 0 where no feature asks for it.

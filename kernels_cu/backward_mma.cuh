@@ -263,7 +263,9 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
         u32 const stat_lane = stat_smem + stage * Tiles::kStatBytes + acc_col(lane, 0) * 4;
         u32 const p_lane = p_smem + pair * (kM * kSteps * 512) + lane * 16;
         constexpr int kSlopes = cfg.block_n * cfg.block_m * Tiles::kElemBytes;
-        HeadScores<cfg.score, float, is_16bit(kMma)> const head_scores(params.score, batch, min(current.head, shape.num_heads - 1));
+        using Changes = HeadScores<cfg.score, float, is_16bit(kMma)>;
+        using Fetched = typename Changes::template Fetched<true, kN>;
+        Changes const head_scores(params.score, batch, min(current.head, shape.num_heads - 1));
         if (is_value_warp) {
             if (i < num_tiles) {
                 float p[kM][kN][4];
@@ -277,10 +279,12 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                 if constexpr (cfg.score.changes()) {
 #pragma unroll
                     for (int m = 0; m < kM; ++m) {
+                        int const q_first = current.m_block * cfg.block_m, k_first = k_begin + warp_row + 16 * m;
+                        Fetched fetched;
+                        fetched.fetch(head_scores, shape, q_first, k_first, current.m_block, current.is_partial, lane);
                         float derivative[kN][4];
-                        head_scores.template change<true>(p[m], derivative, static_cast<float>(params.scale), shape,
-                                                          current.m_block * cfg.block_m, k_begin + warp_row + 16 * m, lane,
-                                                          current.is_partial);
+                        head_scores.change(p[m], derivative, static_cast<float>(params.scale), fetched, 0, q_first, k_first,
+                                           lane);
                         if constexpr (cfg.score.softcap) {
 #pragma unroll
                             for (int n = 0; n < kN; ++n)

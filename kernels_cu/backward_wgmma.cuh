@@ -132,19 +132,25 @@ struct BackwardConsumer {
 
     // ---- what is done to scores, by role ----
     using Changes = HeadScores<cfg.score, float, true>;
+    using Fetched = typename Changes::template Fetched<true, kN>;
     CUFLASH_DEVICE Changes changes() const { return Changes(steps.params.score, work().batch(), steps.head(at)); }
+    // What they need of arrays, which would keep them waiting.
+    CUFLASH_DEVICE void fetch(Fetched& fetched) const {
+        int const q_first = steps.q_begin(at);
+        fetched.fetch(changes(), steps.params.shape, q_first, steps.k_begin(at) + 16 * warp, q_first / cfg.block_m,
+                      steps.is_partial(at), lane);
+    }
     // Scores in units of log2, and the derivative by what they were.
-    CUFLASH_DEVICE void change(Scores& s, Weights& slope) const {
+    CUFLASH_DEVICE void change(Scores& s, Weights& slope, Fetched const& fetched) const {
         Changes const change = changes();
         float const scale = static_cast<float>(steps.params.scale);
         int const q_first = steps.q_begin(at);
         int const k_first = steps.k_begin(at) + 16 * warp;
-        bool const is_partial = steps.is_partial(at);
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
             float derivative[2][4];
             float(&two)[2][4] = reinterpret_cast<float(&)[2][4]>(s[0][2 * k]);
-            change.template change<true>(two, derivative, scale, steps.params.shape, q_first + 16 * k, k_first, lane, is_partial);
+            change.change(two, derivative, scale, fetched, 2 * k, q_first + 16 * k, k_first, lane);
             if constexpr (cfg.score.softcap) acc_to_a(slope[k], derivative, 0);
         }
     }
@@ -519,6 +525,8 @@ struct BackwardConsumer {
             Scores s;
             steps.await_q(at);
             issue_scores(s, at, 0);
+            Fetched fetched;
+            if constexpr (cfg.score.changes()) fetch(fetched);
             u32 const flags = steps.flags(at);
             bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
             if (!first) steps.await_ds(at + -1);
@@ -529,7 +537,7 @@ struct BackwardConsumer {
             Weights p, slope;
             Numbers lse;
             lse.fetch(steps.lse(at), lane);
-            if constexpr (cfg.score.changes()) change(s, slope);
+            if constexpr (cfg.score.changes()) change(s, slope, fetched);
             to_weights(p, s, lse, 16 * warp);
             if constexpr (cfg.score.dropout) mark_dropped(p);
             // Whoever has stored dS of the last step has read the P that was here. And dQ of two steps ago is done, so that

@@ -117,7 +117,9 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     // Scores that are changed come out in units of log2.
     constexpr bool kChanged = cfg.score.changes();
     float const scale_log2 = kChanged ? 1.f : params.scale_log2;
-    HeadScores<cfg.score, float, is_16bit(kMma)> const head_scores(params.score, batch, head);
+    using Changes = HeadScores<cfg.score, float, is_16bit(kMma)>;
+    using Fetched = typename Changes::template Fetched<false, kN>;
+    Changes const head_scores(params.score, batch, head);
     if constexpr (cfg.score.sinks)
         softmax.init_sink(*reinterpret_cast<float const*>(params.score.sinks.at(0, head)) * kLog2E / scale_log2, lane);
 
@@ -132,9 +134,14 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
         gemm_nt<kMma, TileQ, TileK, kStepsQK>(s, q_lane, k_lane + stage * TileK::kBytes);
         if constexpr (kChanged) {
 #pragma unroll
-            for (int m = 0; m < kM; ++m)
-                head_scores.template change<false>(s[m], static_cast<float>(params.scale), shape,
-                                                   q_begin + warp_row + 16 * m, n * cfg.block_n, lane, is_partial);
+            for (int m = 0; m < kM; ++m) {
+                int const q_first = q_begin + warp_row + 16 * m;
+                Fetched fetched;
+                fetched.fetch(head_scores, shape, q_first, n * cfg.block_n, n, is_partial, lane);
+                float derivative[kN][4];
+                head_scores.change(s[m], derivative, static_cast<float>(params.scale), fetched, 0, q_first, n * cfg.block_n,
+                                   lane);
+            }
         } else if (params.score_sign < 0.f) {
             float flip[kM][2];
 #pragma unroll

@@ -307,16 +307,30 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 
         // What is done to scores, pair by pair; without packs, as a tile then is of one head.
         TileCoordinates const here = tile_coordinates(order, end ? 0 : index);
-        HeadScores<cfg.score, float, true> const head_scores(params.score, here.batch, here.head);
+        using Changes = HeadScores<cfg.score, float, true>;
+        Changes const head_scores(params.score, here.batch, here.head);
         float const sink_log2 =
             cfg.score.sinks ? *reinterpret_cast<float const*>(params.score.sinks.at(0, here.head)) * kLog2E : 0.f;
         BlockList<cfg.score.mask> const tiles(params.score, here.batch, here.head, here.block);
-        auto change = [&](float (&s)[1][kN][4], int n, bool is_partial) {
+        // What the next block to be changed needs of arrays, which would keep it waiting.
+        typename Changes::template Fetched<false, kN> fetched;
+        int fetched_tile = 0;
+        auto fetch = [&](int position) {
+            if constexpr (!kChanged) return;
+            if (position < own_first) return;
+            auto const [n, is_partial] = tiles[position];
+            int row = warp_row;
+            opaque(row);
+            fetched_tile = n;
+            fetched.fetch(head_scores, shape, q_begin + row, n * cfg.block_n, n, is_partial, lane);
+        };
+        auto change = [&](float (&s)[1][kN][4]) {
             if constexpr (!kChanged) return;
             int row = warp_row;
             opaque(row);
-            head_scores.template change<false>(s[0], static_cast<float>(params.scale), shape, q_begin + row, n * cfg.block_n,
-                                               lane, is_partial);
+            float derivative[kN][4];
+            head_scores.change(s[0], derivative, static_cast<float>(params.scale), fetched, 0, q_begin + row,
+                               fetched_tile * cfg.block_n, lane);
         };
         // Dropped weights become 0, when their sums have been taken.
         auto drop = [&](float (&s)[1][kN][4], int position) {
@@ -338,8 +352,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         };
         auto mask = [&](float (&s)[1][kN][4], int position) {
             int n = position;
-            if constexpr (cfg.score.mask) n = tiles[position].tile;
-            change(s, n, cfg.score.mask && tiles[position].is_partial);
+            if constexpr (kChanged) n = fetched_tile;
+            change(s);
+            fetch(position - 1);
             if (!own.needs_mask(n)) return;
             int row = warp_row;
             opaque(row);
@@ -350,6 +365,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 
         // ---- its first scores, beside the last P V of the tile before if that can be ----
         int n = own_last - 1;
+        fetch(n);
         float s[1][kN][4];
         float sum[2];
         EagerSoftmax fresh;
@@ -494,6 +510,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
                     s, lane_address_a<TileQ>(smem + tile.stage() * TileQ::kBytes + row * TileQ::kSlabBytes, lane),
                     params.k.at(at.batch, at.head / (shape.group_size / order.pack), 0), params.k.row_stride,
                     tiles[n].tile * cfg.block_n, shape.seqlen_k, shape.head_dim, lane);
+                fetch(n);
                 mask(s, n);
                 softmax.raise(s[0], alpha[0], scale_log2());
                 softmax.weigh(s[0], sum, scale_log2());

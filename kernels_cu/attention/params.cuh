@@ -42,10 +42,23 @@ struct Pairs {
     }
 };
 
+// What mask_blocks.cuh makes of a mask: a bit per pair, 1 where it is seen; a row per row of the main kernel's accumulators,
+// in which each tile has bytes of its own. Strides in bytes, 0 where rows or tiles are all alike.
+struct MaskBits {
+    char* pointer;
+    i64 batch_stride;
+    i64 head_stride;
+    i64 row_stride;
+    i64 tile_stride;
+
+    CUFLASH_DEVICE char* at(int batch, int head) const { return pointer + batch * batch_stride + head * head_stride; }
+};
+
 // What attention/score.cuh and dropout read. Slopes and sinks are of the accumulator's type.
 struct ScoreParams {
     Pairs mask, bias, alibi_slopes, sinks;
     Pairs mask_blocks;  // lists of mask_blocks.cuh; query_stride is that of tiles
+    MaskBits mask_bits;
     u64 seed;
     double softcap;
     double kept_scale;  // 1 / (1 - dropout_p)

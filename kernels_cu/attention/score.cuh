@@ -4,6 +4,7 @@
 //         Scores come in natural units and leave in units of log2, as the exponentials want them.
 #pragma once
 #include "../ptx/math.cuh"
+#include "../ptx/movmatrix.cuh"
 #include "../ptx/reduction.cuh"
 #include "../tile/element.cuh"
 #include "../tile/fragment.cuh"
@@ -12,62 +13,116 @@
 
 CUFLASH_DEVICE double tanh_acc(double x) { return tanh(x); }
 CUFLASH_DEVICE float tanh_acc(float x) { return tanhf(x); }
-// With an error of 2^-23 of 1, not of x.
-CUFLASH_DEVICE float tanh_of_1(float x) { return 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(x * (2.f * kLog2E))); }
+// A rational function of least relative error, 3.6e-7 with that of its arithmetic: scores may be small beside the cap, and
+// their exponentials take most of what approximates functions already.
+CUFLASH_DEVICE float tanh_approx(float x) {
+    float const clamped = fminf(fabsf(x), 8.f), t = clamped * clamped;
+    float const above = ((1.1428361e-5f * t + 2.9510178e-3f) * t + 0.12925658f) * t + 0.99999988f;
+    float const below = (((2.4591912e-7f * t + 2.3866835e-4f) * t + 2.3815529e-2f) * t + 0.46258873f) * t + 1.f;
+    return copysignf(clamped * above * reciprocal_approx(below), x);
+}
 
-// What an array by pairs holds for accumulators of a warp: `use(n, i, x)`. Their 16 rows are queries from q_first on, their
-// columns keys from k_first on; transposed it is the other way round. For pairs that do not exist it is that of a neighbour.
 template <class Stored>
 struct alignas(2 * sizeof(Stored)) Two {
     Stored x[2];
 };
-template <bool kTransposed, class Stored, int kN, class Use>
-CUFLASH_DEVICE void for_each_pair(Pairs const& array, char const* origin, Shape const& shape, int q_first, int k_first,
-                                  int lane, Use use) {
-    auto load = [](char const* place) { return __ldg(reinterpret_cast<Stored const*>(place)); };
-    int const row = lane / 4, col = 2 * (lane % 4);
-    if constexpr (kTransposed) {
-        char const* keys[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) keys[h] = origin + min(k_first + row + 8 * h, shape.seqlen_k - 1) * array.key_stride;
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                i64 const offset = min(q_first + 8 * n + col + j, shape.seqlen_q - 1) * array.query_stride;
-#pragma unroll
-                for (int h = 0; h < 2; ++h) use(n, 2 * h + j, load(keys[h] + offset));
-            }
-    } else {
-        char const* rows[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            rows[h] = origin + min(q_first + row + 8 * h, shape.seqlen_q - 1) * array.query_stride;
-        i64 const first = (k_first + col) * array.key_stride;
-        bool const are_pairs = array.key_stride == sizeof(Stored) && k_first + 8 * kN <= shape.seqlen_k &&
-                               (reinterpret_cast<u64>(rows[0] + first) | reinterpret_cast<u64>(rows[1] + first)) %
-                                       sizeof(Two<Stored>) == 0;
-        if (are_pairs) {
+// What an array by pairs holds for accumulators of a warp. Their 16 rows are queries from q_first on, their 8 kN columns keys
+// from k_first on; transposed it is the other way round. For pairs that do not exist it is that of a neighbour.
+template <bool kTransposed, class Stored, int kN>
+struct PairsFragment {
+    // Elements of 16 bits are fetched by two keys of a query, and turned when they are used.
+    static constexpr bool kIsTurned = kTransposed && sizeof(Stored) == 2;
+    Two<Stored> x[kN][2];
+
+    CUFLASH_DEVICE void fetch(Pairs const& array, char const* origin, Shape const& shape, int q_first, int k_first, int lane) {
+        int const row = lane / 4, col = 2 * (lane % 4);
+        auto load = [&](int q_idx, int k_idx) {
+            return *reinterpret_cast<Stored const*>(array.of_pair(origin, min(q_idx, shape.seqlen_q - 1),
+                                                                  min(k_idx, shape.seqlen_k - 1)));
+        };
+        auto for_each = [&](auto body) {
 #pragma unroll
             for (int n = 0; n < kN; ++n)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    auto const two = *reinterpret_cast<Two<Stored> const*>(rows[h] + first + 8 * n * sizeof(Stored));
-                    use(n, 2 * h, two.x[0]);
-                    use(n, 2 * h + 1, two.x[1]);
-                }
+                for (int h = 0; h < 2; ++h) body(x[n][h], n, h);
+        };
+        if constexpr (kTransposed && !kIsTurned) {
+            for_each([&](Two<Stored>& two, int n, int h) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) two.x[j] = load(q_first + 8 * n + col + j, k_first + row + 8 * h);
+            });
         } else {
+            auto query = [&](int n, int h) { return q_first + row + 8 * (kTransposed ? n : h); };
+            auto key = [&](int n, int h) { return 8 * (kTransposed ? h : n) + col; };
+            constexpr int kKeys = kTransposed ? 16 : 8 * kN;
+            char const* const first = origin + k_first * array.key_stride;
+            bool const are_pairs =
+                array.key_stride == sizeof(Stored) && k_first + kKeys <= shape.seqlen_k &&
+                (reinterpret_cast<u64>(first) | static_cast<u64>(array.query_stride)) % sizeof(Two<Stored>) == 0;
+            if (are_pairs) {
+                for_each([&](Two<Stored>& two, int n, int h) {
+                    two = *reinterpret_cast<Two<Stored> const*>(
+                        first + min(query(n, h), shape.seqlen_q - 1) * array.query_stride + key(n, h) * sizeof(Stored));
+                });
+            } else {
+                for_each([&](Two<Stored>& two, int n, int h) {
 #pragma unroll
-            for (int n = 0; n < kN; ++n)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    i64 const offset = min(k_first + 8 * n + col + j, shape.seqlen_k - 1) * array.key_stride;
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) use(n, 2 * h + j, load(rows[h] + offset));
-                }
+                    for (int j = 0; j < 2; ++j) two.x[j] = load(query(n, h), k_first + key(n, h) + j);
+                });
+            }
         }
     }
-}
+    // `use(n, i, x)` of the columns from 8 n on.
+    template <class Use>
+    CUFLASH_DEVICE void for_columns(int n, Use use) const {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            Two<Stored> two = x[n][h];
+            if constexpr (kIsTurned) {
+                u32 const word = movmatrix_trans(two.x[0] | static_cast<u32>(two.x[1]) << 16);
+                two = Two<Stored>{{static_cast<Stored>(word), static_cast<Stored>(word >> 16)}};
+            }
+            use(n, 2 * h, two.x[0]);
+            use(n, 2 * h + 1, two.x[1]);
+        }
+    }
+};
+
+// What mask_blocks.cuh has made of a mask for two rows of accumulators, 8 kN columns: a bit per pair, the first column lowest.
+template <int kN>
+struct MaskFragment {
+    static_assert(kN % 2 == 0, "columns come in blocks of 16");
+    u32 words[2][(kN + 3) / 4];  // from the lane's first column of each eight on
+
+    CUFLASH_DEVICE void fetch(MaskBits const& bits, char const* origin, int first_row, int num_rows, int tile, int lane) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            char const* const row = origin + min(first_row + lane / 4 + 8 * h, num_rows - 1) * bits.row_stride + tile * bits.tile_stride;
+#pragma unroll
+            for (int i = 0; i < (kN + 3) / 4; ++i) {
+                u32 word;
+                if constexpr (kN % 4 == 0) {
+                    word = reinterpret_cast<u32 const*>(row)[i];
+                } else {
+                    u16 const* const halves = reinterpret_cast<u16 const*>(row) + 2 * i;
+                    word = 4 * i + 2 < kN ? halves[0] | static_cast<u32>(halves[1]) << 16 : halves[0];
+                }
+                words[h][i] = word >> 2 * (lane % 4);
+            }
+        }
+    }
+    CUFLASH_DEVICE bool is_visible(int n, int i) const { return words[i / 2][n / 4] >> (8 * (n % 4) + i % 2) & 1; }
+};
+
+struct Nothing {};
+template <bool kIf, class T>
+struct OnlyIf {
+    using Type = T;
+};
+template <class T>
+struct OnlyIf<false, T> {
+    using Type = Nothing;
+};
 
 // |q_idx + q_offset - k_idx| of accumulators; a float holds it exactly up to 2^24.
 template <bool kTransposed>
@@ -139,12 +194,14 @@ struct HeadScores {
     ScoreParams const& params;
     char const* bias;
     char const* mask;
+    char const* bits;
     Acc slope;
 
     CUFLASH_DEVICE HeadScores(ScoreParams const& params, int batch, int head)
         : params(params),
           bias(params.bias.at(batch, head)),
           mask(params.mask.at(batch, head)),
+          bits(params.mask_bits.at(batch, head)),
           slope(cfg.alibi ? *reinterpret_cast<Acc const*>(params.alibi_slopes.at(batch, head)) : Acc(0)) {}
 
     // Of a pair that exists; `derivative` is that by the score as it came.
@@ -158,7 +215,7 @@ struct HeadScores {
             Acc const softcap = static_cast<Acc>(params.softcap);
             Acc x;
             if constexpr (kIs16Bit) {
-                x = tanh_of_1(s / softcap);
+                x = tanh_approx(s / softcap);
             } else {
                 x = tanh_acc(s / softcap);
             }
@@ -184,10 +241,32 @@ struct HeadScores {
         return static_cast<Acc>(x < 0 ? -x : x);
     }
 
-    // Of accumulators, which hold q.k; see `for_each_pair`.
+    // What accumulators of 8 kN columns need of arrays; it may be fetched some time before.
     template <bool kTransposed, int kN>
-    CUFLASH_DEVICE void change(float (&s)[kN][4], float (&derivative)[kN][4], float scale, Shape const& shape, int q_first,
-                               int k_first, int lane, bool is_masked = true) const {
+    struct Fetched {
+        using Stored = typename Element<bias_dtype(cfg.bias)>::Stored;
+        typename OnlyIf<cfg.bias != Bias::kNone, PairsFragment<kTransposed, Stored, kN>>::Type bias;
+        typename OnlyIf<cfg.mask, MaskFragment<kN>>::Type mask;
+        bool is_partial;  // whether the mask hides any
+
+        // `tile`: the number of the tile that the columns make up.
+        CUFLASH_DEVICE void fetch(HeadScores const& head, Shape const& shape, int q_first, int k_first, int tile,
+                                  bool is_masked, int lane) {
+            if constexpr (cfg.bias != Bias::kNone) bias.fetch(head.params.bias, head.bias, shape, q_first, k_first, lane);
+            is_partial = is_masked;
+            if constexpr (cfg.mask) {
+                if (is_partial)
+                    mask.fetch(head.params.mask_bits, head.bits, kTransposed ? k_first : q_first,
+                               kTransposed ? shape.seqlen_k : shape.seqlen_q, tile, lane);
+            }
+        }
+    };
+
+    // Of accumulators, which hold q.k: their columns are those of `fetched` from 8 n_first on, q_first or k_first is their first.
+    template <bool kTransposed, int kN, int kFetched>
+    CUFLASH_DEVICE void change(float (&s)[kN][4], float (&derivative)[kN][4], float scale,
+                               Fetched<kTransposed, kFetched> const& fetched, int n_first, int q_first, int k_first,
+                               int lane) const {
         auto for_each = [&](auto body) {
 #pragma unroll
             for (int n = 0; n < kN; ++n)
@@ -200,16 +279,18 @@ struct HeadScores {
         for_each([&](float& x, int n, int i) {
             derivative[n][i] = 1.f;
             if constexpr (cfg.softcap) {
-                x = kIs16Bit ? tanh_of_1(x * factor) : tanh_acc(x * factor);
+                x = kIs16Bit ? tanh_approx(x * factor) : tanh_acc(x * factor);
                 derivative[n][i] = 1.f - x * x;
             }
             x *= unit;
         });
         if constexpr (cfg.bias != Bias::kNone) {
             using E = Element<bias_dtype(cfg.bias)>;
-            for_each_pair<kTransposed, typename E::Stored, kN>(
-                params.bias, bias, shape, q_first, k_first, lane,
-                [&](int n, int i, typename E::Stored x) { s[n][i] += static_cast<float>(E::widen(x)) * kLog2E; });
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+                fetched.bias.for_columns(n_first + n, [&](int, int i, typename E::Stored x) {
+                    s[n][i] += static_cast<float>(E::widen(x)) * kLog2E;
+                });
         }
         if constexpr (cfg.alibi) {
             Distances<kTransposed> const distance(params.q_offset, q_first, k_first, lane);
@@ -217,17 +298,10 @@ struct HeadScores {
             for_each([&](float& x, int n, int i) { x -= slope_log2 * distance(n, i); });
         }
         if constexpr (cfg.mask) {
-            if (!is_masked) return;
-            for_each_pair<kTransposed, unsigned char, kN>(params.mask, mask, shape, q_first, k_first, lane,
-                                                          [&](int n, int i, unsigned char is_visible) {
-                                                              if (!is_visible) s[n][i] = -infinity();
-                                                          });
+            if (!fetched.is_partial) return;
+            for_each([&](float& x, int n, int i) {
+                if (!fetched.mask.is_visible(n_first + n, i)) x = -infinity();
+            });
         }
-    }
-    template <bool kTransposed, int kN>
-    CUFLASH_DEVICE void change(float (&s)[kN][4], float scale, Shape const& shape, int q_first, int k_first, int lane,
-                               bool is_masked = true) const {
-        float derivative[kN][4];
-        change<kTransposed>(s, derivative, scale, shape, q_first, k_first, lane, is_masked);
     }
 };

@@ -37,8 +37,8 @@ PROBLEMS["float16 d64 deterministic"] = replace(PROBLEMS["float16 d64"], determi
 PROBLEMS["float32 d64 tf32"] = replace(PROBLEMS["float32 d64"], precision="tf32")
 FEATURES = {
     "softcap": Features(softcap=2.0),
-    "mask": Features(mask=(False, False)),
-    "everything": Features(2.0, (True, False), "float32", "float32", 0, "float32", 0.1),
+    "mask": Features(mask=(False, False, True, True)),
+    "everything": Features(2.0, (True, False, True, True), "float32", "float32", 0, "float32", 0.1),
 }
 for name, features in FEATURES.items():
     PROBLEMS[f"float16 d64 {name}"] = replace(PROBLEMS["float16 d64"], features=features)

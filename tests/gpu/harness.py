@@ -143,9 +143,9 @@ class ScoreFamily:
         """Plans of few and of many queries, in rows that are copied by vectors or by elements."""
         has = self.names.__contains__
         features = Features(
-            2.0 if has("softcap") else None, has("mask"), self.bias_dtype if has("bias") else None,
-            self.sum_dtype if has("alibi_slopes") else None, 0, self.sum_dtype if has("sinks") else None,
-            0.1 if has("dropout") else 0.0,
+            2.0 if has("softcap") else None, (True, True, True, True) if has("mask") else None,
+            self.bias_dtype if has("bias") else None, self.sum_dtype if has("alibi_slopes") else None, 0,
+            self.sum_dtype if has("sinks") else None, 0.1 if has("dropout") else 0.0,
         )  # fmt: skip
         device = plan.DeviceInfo.current(0)
         for seqlen, is_vectorized in itertools.product((20, 200), (True, False)):

@@ -127,6 +127,15 @@ def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["auto", "mma", "simt"])
+def test_softcap_of_a_single_score(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LSE of one key is its score, which is small beside the cap: its error must be, too."""
+    monkeypatch.setenv("CUFLASH_KERNEL", path)
+    arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
+    case = Case(seqlen_q=1, seqlen_k=1, head_dim=64, head_dim_v=64)
+    check(case, Score(softcap=50.0), with_d_lse=False)
+
+
+@pytest.mark.parametrize("path", ["auto", "mma", "simt"])
 @pytest.mark.parametrize("shape", [(3, 4, 200, 300), (4, 200, 300), (4, 1, 300)], ids=str)
 def test_gradient_by_bias_in_a_fixed_order(shape: tuple[int, ...], path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUFLASH_KERNEL", path)
