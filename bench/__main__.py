@@ -36,6 +36,9 @@ GRID = ("dims", "lens", "dtype", "providers", "rounds")
 SUITES = {
     "forward": Suite("forward", "forward, TFLOP/s, for a grid of shapes", GRID),
     "backward": Suite("backward", "backward alone, TFLOP/s, for the same grid", GRID),
+    "options": Suite(
+        "options", "what is done to scores and weights, beside FlexAttention", ("dims", "lens", "dtype", "rounds")
+    ),
     "step": Suite("step", "forward and backward of a transformer block", GRID),
     "host": Suite("host_overhead", "host time of a small call", ("providers", "rounds")),
     "compile": Suite("compile_time", "time to the first result, cold and warm cache", ("dims", "providers", "rounds")),

@@ -64,7 +64,7 @@ class Reference:
     """Exact values and allowed errors of a workload's checked heads."""
 
     def __init__(self, workload: Workload, inputs: Inputs) -> None:
-        self._slices = list(_checked_slices(workload))
+        self._slices = list(checked_slices(workload))
         self._exact: list[dict[str, Tensor]] = []
         self._allowed: list[dict[str, float]] = []
         for batch, heads, head_kv in self._slices:
@@ -128,7 +128,7 @@ def dense(workload: Workload, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) ->
     return {"out": out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
 
 
-def _checked_slices(workload: Workload) -> Iterator[tuple[int, slice, int]]:
+def checked_slices(workload: Workload) -> Iterator[tuple[int, slice, int]]:
     """(batch, query heads, key/value head): the first and the last."""
     group = workload.num_heads // workload.num_heads_kv
     for batch, head_kv in {(0, 0), (workload.batch - 1, workload.num_heads_kv - 1)}:

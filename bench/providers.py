@@ -98,7 +98,8 @@ def _bind_sdpa(workload: Workload) -> Attention:
     return functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=workload.is_causal, **grouped)
 
 
-def _bind_flex(workload: Workload) -> Attention:
+def bind_flex(workload: Workload, score: Any = None, mask: Any = None) -> Attention:
+    """Compiled FlexAttention with functions of (score, b, h, q_idx, k_idx) and of (b, h, q_idx, k_idx), or without."""
     import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -106,13 +107,16 @@ def _bind_flex(workload: Workload) -> Attention:
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False
     block_mask = None
-    if workload.is_causal:
-        offset = workload.seqlen_k - workload.seqlen_q
-        block_mask = create_block_mask(
-            lambda b, h, q_idx, k_idx: k_idx <= q_idx + offset, None, None, workload.seqlen_q, workload.seqlen_k
-        )
+    if mask is not None:
+        block_mask = create_block_mask(mask, None, None, workload.seqlen_q, workload.seqlen_k)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return functools.partial(compiled, block_mask=block_mask, enable_gqa=_is_grouped(workload))
+    return functools.partial(compiled, score_mod=score, block_mask=block_mask, enable_gqa=_is_grouped(workload))
+
+
+def _bind_flex(workload: Workload) -> Attention:
+    offset = workload.seqlen_k - workload.seqlen_q
+    causal = (lambda b, h, q_idx, k_idx: k_idx <= q_idx + offset) if workload.is_causal else None
+    return bind_flex(workload, mask=causal)
 
 
 def _bind_fa4(workload: Workload) -> Attention:

@@ -26,6 +26,7 @@ BEST = "best peer"
 TITLES = {
     "forward": "Forward, TFLOP/s (4 FLOPs per visible pair, head and unit of head_dim)",
     "backward": "Backward, TFLOP/s (10 FLOPs per visible pair, head and unit of head_dim)",
+    "options": "Options: what is done to scores and weights",
     "step": "Training step of a transformer block",
     "host": "Host time of a small call",
     "compile": "First call in a process, imports done",

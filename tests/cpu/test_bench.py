@@ -303,6 +303,22 @@ def test_reference_agrees_with_pytorch_and_catches_a_mistake(dtype, is_causal, m
         assert math.isnan(reference.error("forward+backward", wrong))
 
 
+OPTIONS = ("bias", "ALiBi", "softcap", "window", "documents", "block-sparse", "dropout", "grouped dropout")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_are_to_cuflash_what_their_functions_say(name):
+    check, *_ = modules()
+    options = importlib.import_module("bench.options")
+    (option,) = (option for option in options.OPTIONS if option.name == name)
+    workload = option.adapt(Workload("float32", 1, 4, 1100, 8))
+    bound = option.bind(workload, "cpu")
+    inputs = check.Inputs.random(workload, "cpu")
+    result = options._ours(bound).forward_backward(workload, inputs)()
+    assert options.Definition(workload, bound, inputs).error("forward+backward", result) <= 1
+    assert options.Definition(workload, options.Bound({}), inputs).error("forward+backward", result) > 1
+
+
 def test_rows_that_see_nothing_are_zero():
     check, _, _ = modules()
     workload = Workload("float32", 1, 1, 6, 8, True, seqlen_k=2)
