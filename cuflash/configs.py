@@ -673,6 +673,7 @@ _FORWARD_SM100: dict[tuple[int, int], tuple[int, int, int, int]] = {
     (2, 32): (128, 96, 4, 2),
     (2, 64): (128, 80, 4, 2),
     (2, 96): (128, 48, 4, 2),
+    (2, 128): (128, 64, 4, 2),
     (2, 192): (128, 80, 8, 1),
     (4, 64): (64, 32, 4, 2),
 }
@@ -763,7 +764,7 @@ _FORWARD_WGMMA: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] = {
 
 
 # Where scores or weights are changed: fewer queries or keys at a time, which leaves registers for it; fewer yet with a
-# bias, that is fetched a step ahead. The first row is measured for heads of 64 and 128, and the costs are not.
+# bias. The first row is measured for heads of 64 and 128, and the costs are not.
 _FORWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] = {
     (32, 32): (128, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
     (64, 64): (128, ((128, 3, 2, False, 1.0), (64, 4, 2, False, 0.6))),
@@ -774,10 +775,10 @@ _FORWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]] 
     (256, 256): (32, ((128, 3, 1, False, 1.0), (64, 4, 2, False, 0.6))),
 }
 _FORWARD_WGMMA_BIAS = _FORWARD_WGMMA_SCORES | {
-    (32, 32): (96, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
-    (64, 64): (96, ((128, 4, 2, False, 1.0), (64, 4, 2, False, 0.6))),
-    (96, 96): (80, ((128, 3, 2, False, 1.0), (64, 3, 2, False, 0.6))),
-    (128, 128): (80, ((128, 3, 2, False, 1.0), (64, 3, 2, False, 0.6))),
+    (32, 32): (64, ((192, 4, 2, False, 1.0), (128, 4, 2, False, 0.85), (64, 4, 2, False, 0.6))),
+    (64, 64): (64, ((192, 4, 2, False, 1.0), (128, 4, 2, False, 0.85), (64, 4, 2, False, 0.6))),
+    (96, 96): (96, ((128, 3, 2, False, 1.0), (64, 3, 2, False, 0.6))),
+    (128, 128): (96, ((128, 2, 2, False, 1.0), (64, 2, 2, False, 0.6))),
 }
 # Without a mask, whose hidden blocks are those of powers of two.
 _FORWARD_WGMMA_UNMASKED = _FORWARD_WGMMA_SCORES | {

@@ -31,6 +31,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/opaque.cuh"
+#include "ptx/prefetch.cuh"
 #include "tile/gemm.cuh"
 #include "tile/ring.cuh"
 #include "tile/warpgroup.cuh"
@@ -73,8 +74,11 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
     constexpr int kStepsQK = cfg.head_dim / 16;
     constexpr int kStepsPV = cfg.block_n / 16;
     // Of 168 registers per thread with two consumers, 128 with three; with one, each thread has the most there is.
-    constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kTma ? 40 : 56;
-    constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kTma ? 232 : 224;
+    using Changes = HeadScores<cfg.score, float, true>;
+    using Fetched = typename Changes::template Fetched<false, kN>;
+    using Order = BlockList<cfg.score.mask, Changes::kTurns>;
+    constexpr int kProducerRegisters = kConsumers == 3 ? (cfg.score.any() ? 56 : 32) : kTma ? 40 : 56;
+    constexpr int kConsumerRegisters = kConsumers == 3 ? (cfg.score.any() ? 152 : 160) : kTma ? 232 : 224;
 
     Shape const& shape = params.shape;
     TileOrder const& order = params.order;
@@ -172,7 +176,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             int const q_begin = at.block * rows_per_tile;
             int const q_end = min(shape.seqlen_q, q_begin + rows_per_tile);
             BlockRange range = key_blocks(shape, q_begin, q_end, cfg.block_n);
-            BlockList<cfg.score.mask> const tiles(params.score, at.batch, at.head, at.block);
+            Order const tiles(params.score, at.batch, at.head, at.block,
+                              TurnedRange(range.first, range.last, Changes::pivot(params.score, q_begin, cfg.block_n)));
             if constexpr (cfg.score.mask) {  // positions in the list
                 range.first = 0;
                 range.last = tiles.length();
@@ -298,7 +303,10 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         BlockRange const own = key_blocks(shape, own_begin, own_end, cfg.block_n);
         int own_first = min(max(own.first, first), last);
         int own_last = own_begin < own_end && !end ? min(max(own.last, own_first), last) : own_first;
-        if constexpr (cfg.score.mask) {  // of a list it takes all
+        TileCoordinates const here = tile_coordinates(order, end ? 0 : index);
+        int const pivot = Changes::pivot(params.score, q_begin, cfg.block_n);
+        Order const tiles(params.score, here.batch, here.head, here.block, TurnedRange(first, last, pivot));
+        if (cfg.score.mask || (Changes::kTurns && tiles.turned.shift > 0)) {  // of a list it takes all
             own_first = first;
             own_last = own_begin < own_end && !end ? last : first;
         }
@@ -306,31 +314,27 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         bool const chain = cfg.q_stages > 1 && pending && any && own_last == last;
 
         // What is done to scores, pair by pair; without packs, as a tile then is of one head.
-        TileCoordinates const here = tile_coordinates(order, end ? 0 : index);
-        using Changes = HeadScores<cfg.score, float, true>;
         Changes const head_scores(params.score, here.batch, here.head);
         float const sink_log2 =
             cfg.score.sinks ? *reinterpret_cast<float const*>(params.score.sinks.at(0, here.head)) * kLog2E : 0.f;
-        BlockList<cfg.score.mask> const tiles(params.score, here.batch, here.head, here.block);
-        // What the next block to be changed needs of arrays, which would keep it waiting.
-        typename Changes::template Fetched<false, kN> fetched;
-        int fetched_tile = 0;
-        auto fetch = [&](int position) {
+        auto change = [&](float (&s)[1][kN][4], int n, bool is_partial) {
             if constexpr (!kChanged) return;
-            if (position < own_first) return;
-            auto const [n, is_partial] = tiles[position];
             int row = warp_row;
             opaque(row);
-            fetched_tile = n;
+            Fetched fetched;
             fetched.fetch(head_scores, shape, q_begin + row, n * cfg.block_n, n, is_partial, lane);
-        };
-        auto change = [&](float (&s)[1][kN][4]) {
-            if constexpr (!kChanged) return;
-            int row = warp_row;
-            opaque(row);
             float derivative[kN][4];
-            head_scores.change(s[0], derivative, static_cast<float>(params.scale), fetched, 0, q_begin + row,
-                               fetched_tile * cfg.block_n, lane);
+            head_scores.change(s[0], derivative, static_cast<float>(params.scale), fetched, 0, q_begin + row, n * cfg.block_n,
+                               lane);
+        };
+        // The bias of a block on its way from memory: a line of one of the warp's rows per lane.
+        auto prefetch = [&](int position) {
+            if constexpr (cfg.score.bias == Bias::kNone) return;
+            constexpr int kSize = sizeof(typename Element<bias_dtype(cfg.score.bias)>::Stored), kLine = 128 / kSize;
+            if (position < own_first || params.score.bias.key_stride != kSize) return;
+            int const k_idx = tiles[position].tile * cfg.block_n + lane / 16 * kLine;
+            int const q_idx = min(q_begin + warp_row + lane % 16, shape.seqlen_q - 1);
+            if (k_idx < shape.seqlen_k) prefetch_to_l2(params.score.bias.of_pair(head_scores.bias, q_idx, k_idx));
         };
         // Dropped weights become 0, when their sums have been taken.
         auto drop = [&](float (&s)[1][kN][4], int position) {
@@ -352,9 +356,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         };
         auto mask = [&](float (&s)[1][kN][4], int position) {
             int n = position;
-            if constexpr (kChanged) n = fetched_tile;
-            change(s);
-            fetch(position - 1);
+            if constexpr (cfg.score.mask || Changes::kTurns) n = tiles[position].tile;
+            change(s, n, cfg.score.mask && tiles[position].is_partial);
+            prefetch(position - 2);
             if (!own.needs_mask(n)) return;
             int row = warp_row;
             opaque(row);
@@ -365,7 +369,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 
         // ---- its first scores, beside the last P V of the tile before if that can be ----
         int n = own_last - 1;
-        fetch(n);
+        prefetch(n);
+        prefetch(n - 1);
         float s[1][kN][4];
         float sum[2];
         EagerSoftmax fresh;
@@ -483,7 +488,9 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             if (softmax.unseen) softmax.settle(s[0], scale_log2());
             // Biases that depend on the distance grow from block to block, and weights that are too large cost a product.
             if constexpr (cfg.score.bias != Bias::kNone || cfg.score.alibi) {
-                if (softmax.has_outgrown(s[0], scale_log2())) {
+                int const block = tiles[n].tile;
+                if (head_scores.may_grow(q_begin + warp_row, block * cfg.block_n, cfg.block_n, pivot) &&
+                    softmax.has_outgrown(s[0], scale_log2())) {
                     float alpha[1][2];
                     softmax.raise(s[0], alpha[0], scale_log2());
                     warpgroup_wait<0>();
@@ -510,7 +517,6 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
                     s, lane_address_a<TileQ>(smem + tile.stage() * TileQ::kBytes + row * TileQ::kSlabBytes, lane),
                     params.k.at(at.batch, at.head / (shape.group_size / order.pack), 0), params.k.row_stride,
                     tiles[n].tile * cfg.block_n, shape.seqlen_k, shape.head_dim, lane);
-                fetch(n);
                 mask(s, n);
                 softmax.raise(s[0], alpha[0], scale_log2());
                 softmax.weigh(s[0], sum, scale_log2());

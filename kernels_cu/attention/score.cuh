@@ -241,6 +241,18 @@ struct HeadScores {
         return static_cast<Acc>(x < 0 ? -x : x);
     }
 
+    // The order of keys: towards the first one, from the tile with those at the distance 0 on, if slopes make these the largest.
+    // For all sizes of tiles of up to 384 queries the same.
+    static constexpr bool kTurns = cfg.alibi && !cfg.mask;
+    CUFLASH_DEVICE static int pivot(ScoreParams const& params, int q_begin, int block_n) {
+        return (q_begin / 384 * 384 + 383 + params.q_offset) / block_n;
+    }
+    // Whether what is added to scores may be larger for the next keys than for these, a tile from k_first on.
+    CUFLASH_DEVICE bool may_grow(int q_first, int k_first, int num_keys, int pivot) const {
+        if (cfg.bias != Bias::kNone || slope <= 0) return true;
+        return (!kTurns || k_first <= pivot * num_keys) && q_first + params.q_offset - k_first < num_keys - 1;
+    }
+
     // What accumulators of 8 kN columns need of arrays; it may be fetched some time before.
     template <bool kTransposed, int kN>
     struct Fetched {

@@ -289,11 +289,27 @@ def test_masks(seed: int, arch: int, programs: Programs, tmp_path: Path, monkeyp
     check_scores(case, arch, Options(window=window), extras, device)
 
 
+@pytest.mark.parametrize("q_offset", [-250, -1000])
+@pytest.mark.parametrize("names", [("alibi_slopes",), ("bias", "alibi_slopes")], ids="+".join)
+def test_slopes_begin_with_the_nearest_keys(
+    q_offset: int, names: tuple[str, ...], programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward on Hopper turns the order of keys, with several tiles of queries and one head of falling scores."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    monkeypatch.setattr(plan, "_backward_tail", tail_in_parts)
+    case = Case("float16", batch=2, num_heads=2, num_heads_kv=2, seqlen_q=400, seqlen_k=500, head_dim=32, head_dim_v=32)
+    extras = make_extras(case, names, device.put)
+    extras.alibi_slopes[:, 1] *= -0.1
+    check_scores(case, 90, Options(q_offset=q_offset), extras, device)
+
+
 def check_scores(case: Case, arch: int, options: Options, extras: Extras, device: Device) -> None:
     """Judge out, LSE and all gradients of a call with that done to its scores."""
     clean = make_operands(case)
-    score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, case.seqlen_k - case.seqlen_q,
-                  extras.sinks, options.dropout_p, 1 << 40, 3)  # fmt: skip
+    q_offset = case.seqlen_k - case.seqlen_q if options.q_offset is None else options.q_offset
+    score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, q_offset, extras.sinks,
+                  options.dropout_p, 1 << 40, 3)  # fmt: skip
     yardstick = Yardstick(clean.q, clean.k, clean.v, band=case.band, scale=case.softmax_scale, score=score)
 
     def view(array: np.ndarray, name: str) -> ArrayView:

@@ -126,6 +126,20 @@ def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
     yardstick.assert_backward(arranged[3], gradients, d_lse=d_lse)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "band", [{}, {"q_offset": -500}, {"is_causal": True}, {"window": (300, 200)}, {"window": (900, 900)}], ids=str
+)
+def test_slopes_of_long_sequences(dim: int, band: dict[str, Any]) -> None:
+    """Scores fall by distance, far below those of the nearest keys, or rise, whichever tile they lie in."""
+    arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
+    sizes = {"num_heads": 4, "num_heads_kv": 2, "seqlen_q": 1100, "seqlen_k": 1300, "head_dim": dim, "head_dim_v": dim}
+    case = Case(batch=2, **sizes, **band)
+    slopes = cupy.asarray([0.5, 0.01, 0.0, -0.05], np.float32)
+    q_offset = 200 if case.q_offset is None else case.q_offset
+    check(case, Score(alibi_slopes=slopes, q_offset=q_offset), with_d_lse=False)
+
+
 @pytest.mark.parametrize("path", ["auto", "mma", "simt"])
 def test_softcap_of_a_single_score(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The LSE of one key is its score, which is small beside the cap: its error must be, too."""
