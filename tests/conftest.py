@@ -69,7 +69,7 @@ def _compile_in_parallel(request: pytest.FixtureRequest) -> None:
     """Compile what the collected cases need before the first test, in parallel.
 
     Tests run one after the other, and so would their compilations. A handful of tests, as when one is debugged,
-    is left alone: then nothing runs but the test.
+    is left alone: then nothing runs but the test. Of several processes (pytest-xdist) each compiles a part, for all.
     """
     if HAS_GPU:
         from tests.gpu import harness
@@ -82,12 +82,22 @@ def _compile_in_parallel(request: pytest.FixtureRequest) -> None:
             if isinstance(argument, harness.Case | harness.ScoreFamily)
         }
         if len(cases) > 20:
+            worker, num_workers = _worker(request.config)
             with ThreadPoolExecutor() as pool:
-                list(pool.map(harness.warm, cases))
+                list(pool.map(harness.warm, sorted(cases, key=str)[worker::num_workers]))
+
+
+def _worker(config: pytest.Config) -> tuple[int, int]:
+    """Number of this process among those of pytest-xdist, and how many there are."""
+    given = getattr(config, "workerinput", None)
+    return (0, 1) if given is None else (int(given["workerid"].removeprefix("gw")), given["workercount"])
 
 
 class _Recorder:
-    """Counts the GPU tests of a session, and writes the record if all of them ran and none failed."""
+    """Counts the GPU tests of a session, and writes the record if all of them ran and none failed.
+
+    With pytest-xdist the tests run in workers, and the process that gets all their reports writes the record.
+    """
 
     def __init__(self) -> None:
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
@@ -105,7 +115,14 @@ class _Recorder:
         if report.failed or report.skipped or report.when == "call":
             self.counts[report.outcome] += 1
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.deselected = max(self.deselected, getattr(node, "workeroutput", {}).get("gpu_deselected", 0))
+
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["gpu_deselected"] = self.deselected
+            return
         self.missing = set(_GPU_TESTS.glob("test_*.py")) - self.files
         self.written = (
             HAS_GPU and exitstatus == pytest.ExitCode.OK and self.counts["passed"] > 0
