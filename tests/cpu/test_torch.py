@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import cuflash
+from tests import gradcheck
 
 torch = pytest.importorskip("torch")
 
@@ -79,6 +80,11 @@ def test_gradcheck(options, layout):
         torch.autograd.gradcheck(lambda *x: call(*x)[0], inputs)
     else:
         torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("names", gradcheck.SETS, ids="+".join)
+def test_gradcheck_of_scores(names):
+    gradcheck.gradcheck(names, "cpu")
 
 
 @pytest.mark.parametrize(

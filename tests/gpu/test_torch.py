@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import cuflash
+from tests import gradcheck
 from tests.gpu.harness import cupy, judge_backward, judge_forward
 from tests.strategies import DTYPES, Case, make_operands
 
@@ -103,6 +104,11 @@ def test_gradcheck(view: Callable, options: dict) -> None:
 
     # Gradients may be summed in any order (deterministic=False), so two runs differ by rounding.
     assert torch.autograd.gradcheck(attend, (q, k, v), nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("names", gradcheck.SETS, ids="+".join)
+def test_gradcheck_of_scores(names: tuple[str, ...]) -> None:
+    gradcheck.gradcheck(names, "cuda")
 
 
 def test_gradients_that_flow_back_with_any_strides() -> None:
