@@ -121,6 +121,12 @@ def check_seed(seed: Any, dropout_p: Any) -> int:
         raise TypeError(f"seed: got {seed!r}, wanted an integer") from None
 
 
+def check_seed_array(view: ArrayView) -> None:
+    """Raise for an array on a GPU that holds no seed."""
+    if view.dtype not in ("int64", "uint64") or math.prod(view.shape) != 1:
+        raise TypeError(f"seed: got an array of {view.dtype} {view.shape}, wanted one int64 or uint64")
+
+
 def check_dropout_p(dropout_p: Any) -> float:
     """The probability of dropping a weight."""
     if not isinstance(dropout_p, Real) or isinstance(dropout_p, bool):

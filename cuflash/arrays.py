@@ -112,13 +112,11 @@ class Framework(ABC):
         """Whether a call on these arrays, of which some may be None, has to be recorded for differentiation."""
         return False
 
-    def seed(self, array: Any) -> int | None:
-        """A fresh seed from the framework's own generator, if it has one that calls draw from."""
+    def seed(self, array: Any) -> Any:
+        """A fresh seed from the framework's own generator, on the device of `array`; None if calls draw from none."""
         return None
 
-    def attention(
-        self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Any, seed: int | None
-    ) -> tuple[Any, Any]:
+    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Any, seed: Any) -> tuple[Any, Any]:
         """``functional.forward``, recorded; asked for only where ``records`` says so."""
         raise NotImplementedError(f"{self.name} arrays do not record")
 

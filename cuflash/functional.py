@@ -53,7 +53,7 @@ def attention(
     sinks: Any = None,
     score_mod: None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: Any = None,
     layout: str = "bhsd",
     precision: str | None = None,
     deterministic: bool = False,
@@ -109,9 +109,10 @@ def attention(
     dropout_p : float, default 0.0
         Probability in [0, 1) with which a weight becomes 0 after the softmax; the others are multiplied by
         ``1 / (1 - dropout_p)``. The LSE is that without dropout.
-    seed : int, optional
-        Seed of dropout, 64 bits: the same seed drops the same weights, on every device. Without it PyTorch's
-        generator is asked; other arrays need it.
+    seed : int or array of one int64 or uint64, optional
+        Seed of dropout, 64 bits: the same seed drops the same weights, on every device. Nobody waits for one in the
+        memory of the GPU: it is read when the call runs, so that a captured graph drops other weights whenever it
+        has changed. Without a seed PyTorch's generator of the device is asked; other arrays need one.
     layout : {"bhsd", "bshd"}, default "bhsd"
         Order of the axes. "bshd" takes (..., seqlen, heads, dim), at least three axes, and gives `out`
         in that order as well, without transposing anything.
@@ -200,7 +201,7 @@ def attention(
     options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p)
     if dropout_p != 0.0 or seed is not None:
         seed = framework.seed(q) if seed is None and framework is not None else seed
-        seed = arguments.check_seed(seed, dropout_p)
+        seed = _check_seed(seed, dropout_p, q)
     if framework is None:
         result = _attention_dlpack(q, k, v, out, return_lse, options, extras, seed)
     elif framework.records(q, k, v, out, *extras):
@@ -232,7 +233,7 @@ def attention_backward(
     sinks: Any = None,
     score_mod: None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: Any = None,
     layout: str = "bhsd",
     precision: str | None = None,
     deterministic: bool = False,
@@ -316,7 +317,7 @@ precision
     extras = _extras(mask, bias, alibi_slopes, sinks, q)
     arguments.check_later_options(score_mod)
     options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p)
-    seed = arguments.check_seed(seed, dropout_p)
+    seed = _check_seed(seed, dropout_p, q)
     operands = (d_out, q, k, v, out, lse, d_lse)
     wanted = (bias is not None, alibi_slopes is not None, sinks is not None)
     if framework is None:
@@ -466,7 +467,7 @@ def forward(
     with_lse: bool,
     options: tuple[Any, ...],
     extras: Extras = NO_EXTRAS,
-    seed: int | None = None,
+    seed: Any = None,
 ) -> tuple[Any, Any]:
     """Out and, where asked for, LSE; ``options`` are those of ``arguments.Options``."""
     signature = framework.signature
@@ -497,7 +498,7 @@ def backward(
     options: tuple[Any, ...],
     extras: Extras = NO_EXTRAS,
     wanted: tuple[bool, bool, bool] = (False, False, False),
-    seed: int | None = None,
+    seed: Any = None,
 ) -> Gradients:
     """Gradients by q, k and v, and by those of bias, alibi_slopes and sinks for which they are ``wanted``."""
     operands = (d_out, q, k, v, out, lse) if d_lse is None else (d_out, q, k, v, out, lse, d_lse)
@@ -521,6 +522,23 @@ def _remember(framework: Framework, key: Hashable, run: Any) -> None:
     framework.prepared[key] = run
 
 
+def _check_seed(seed: Any, dropout_p: float, q: Any) -> Any:
+    """The seed as 64 bits or, on a GPU, as the array that holds it, so that nobody has to wait for it."""
+    if hasattr(seed, "__dlpack__"):
+        own = arrays.framework_of(seed=seed)
+        native = arrays.import_dlpack(seed, "seed") if own is None else seed
+        framework = own or arrays.framework_of(seed=native)
+        assert framework is not None
+        view = framework.view(native, "seed")
+        if view.device != arrays.CPU:
+            arrays.framework_of(q=q, seed=seed)  # raises where frameworks mix
+            arguments.check_seed_array(view)
+            return native
+        seed = framework.as_numpy(native)
+        seed = seed.item() if seed.size == 1 else seed
+    return arguments.check_seed(seed, dropout_p)
+
+
 def _extras(mask: Any, bias: Any, alibi_slopes: Any, sinks: Any, q: Any) -> Extras:
     """The arrays beside q, k and v, of the same framework."""
     if mask is bias is alibi_slopes is sinks is None:
@@ -541,7 +559,7 @@ def _prepare_forward(
 ) -> Callable[..., tuple[Any, Any]]:
     if framework.is_lazy(q, k, v, *given(extras)):
 
-        def run(q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: int | None) -> tuple[Any, Any]:
+        def run(q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any) -> tuple[Any, Any]:
             q, k, v = map(framework.resolve, (q, k, v))
             return forward(framework, q, k, v, out, with_lse, options, extras.map(framework.resolve), seed)
 
@@ -675,11 +693,13 @@ class _Host(_Prepared):
 
         return strides.map(view, extras)
 
-    def score(self, extras: Extras, index: tuple[int, ...], launch: int, seed: int | None) -> Score:
+    def score(self, extras: Extras, index: tuple[int, ...], launch: int, seed: Any) -> Score:
         """What is done to the scores of one launch, given the canonical extras of all."""
         p = self.call.problem
         here = self.at(extras, index)
         f = p.features
+        if not isinstance(seed, int | None):
+            raise ValueError("seed: got an array on a GPU for operands on the CPU, wanted an integer")
         return Score(
             f.softcap, here.bias, here.mask, here.alibi_slopes, f.q_offset, here.sinks, f.dropout_p, seed or 0,
             launch * p.batch,
@@ -694,9 +714,7 @@ class _Host(_Prepared):
 
 
 class _HostForward(_Host):
-    def __call__(
-        self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: int | None
-    ) -> tuple[Any, Any]:
+    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any) -> tuple[Any, Any]:
         out, lse = self.allocate(q, k, v, out, with_lse)
         if self.call.has_rows:
             p = self.call.problem
@@ -728,7 +746,7 @@ class _HostBackward(_Host):
         lse: Any,
         d_lse: Any,
         extras: Extras,
-        seed: int | None,
+        seed: Any,
     ) -> Gradients:
         gradients = self.allocate_gradients(q)
         d_extras = self.allocate_extra_gradients(q, extras)
@@ -800,8 +818,14 @@ class _Device(_Prepared):
         for index in itertools.product(*map(range, self.call.loop)):
             yield itemsize * sum(map(operator.mul, index, strides[:depth]))
 
-    def score_arguments(self, extras: Extras, seed: int | None) -> Iterator[tuple[Any, ...]]:
-        """For every launch the pointers of the extras, the seed and the first batch entry."""
+    def score_arguments(self, extras: Extras, seed: Any) -> Iterator[tuple[Any, ...]]:
+        """For every launch the pointers of the extras, the seed or a pointer to it, and the first batch entry."""
+        seed_at = 0
+        if not isinstance(seed, int | None):
+            device = self.framework.view(seed, "seed").device
+            if device != self.device:
+                raise ValueError(f"seed: got an array on cuda:{device}, wanted one on cuda:{self.device}, as q is")
+            seed, seed_at = 0, self.framework.pointer(seed)
         starts = [0 if array is None else self.framework.pointer(array) for array in extras]
         offsets = [
             itertools.repeat(0) if own is None or name == "sinks" else self.offsets_of(own, size)
@@ -809,7 +833,7 @@ class _Device(_Prepared):
         ]
         batch = self.call.problem.batch
         for launch in range(math.prod(self.call.loop)):
-            yield tuple(map(operator.add, starts, map(next, offsets))), seed or 0, launch * batch
+            yield tuple(map(operator.add, starts, map(next, offsets))), seed or 0, seed_at, launch * batch
 
 
 class _DeviceForward(_Device):
@@ -826,9 +850,7 @@ class _DeviceForward(_Device):
             self.workspace_bytes = self.launch.workspace_bytes
             self.offsets = tuple(self.call.offsets())
 
-    def __call__(
-        self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: int | None
-    ) -> tuple[Any, Any]:
+    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any) -> tuple[Any, Any]:
         framework = self.framework
         if framework.current_device() != self.device:
             with framework.use_device(self.device):
@@ -875,7 +897,7 @@ class _DeviceBackward(_Device):
         lse: Any,
         d_lse: Any,
         extras: Extras,
-        seed: int | None,
+        seed: Any,
     ) -> Gradients:
         framework = self.framework
         if framework.current_device() != self.device:
@@ -962,7 +984,7 @@ def _attention_dlpack(
     with_lse: bool,
     options: tuple[Any, ...],
     extras: Extras,
-    seed: int | None,
+    seed: Any,
 ) -> tuple[Any, Any]:
     named = {"q": q, "k": k, "v": v}
     if out is not None:
@@ -986,7 +1008,7 @@ def _attention_backward_dlpack(
     options: tuple[Any, ...],
     extras: Extras,
     wanted: tuple[bool, bool, bool],
-    seed: int | None,
+    seed: Any,
 ) -> Gradients:
     names = ("d_out", "q", "k", "v", "out", "lse", "d_lse")
     native = [None if a is None else arrays.import_dlpack(a, name) for a, name in zip(operands, names, strict=True)]

@@ -216,7 +216,7 @@ class ForwardCall:
         params.fill_score(block, problem, extras, itemsizes)
         block["score"]["first_key"] = first_key
         of_score = tuple(
-            f"score.{name}" for name in (*Extras._fields, "seed", "first_batch", "mask_blocks", "mask_bits")
+            f"score.{name}" for name in (*Extras._fields, "seed", "seed_at", "first_batch", "mask_blocks", "mask_bits")
         )
         pointers = ("q", "k", "v", "out", "lse", *of_score)
         _fill_mask_blocks(block, self.plan.mask_blocks)
@@ -233,16 +233,18 @@ class ForwardCall:
         stream: int,
         extras: tuple[int, ...] = (0, 0, 0, 0),
         seed: int = 0,
+        seed_at: int = 0,
         first_batch: int = 0,
         workspace: int = 0,
     ) -> None:
         """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0.
 
-        `extras` are pointers, or 0; `first_batch` is the number of the first batch entry, as dropout counts them.
+        `extras` are pointers, or 0; `seed_at` is one to the seed, or 0 where `seed` is the seed itself; `first_batch`
+        is the number of the first batch entry, as dropout counts them.
         """
         extras = tuple(map(operator.add, extras, self._extra_offsets))
-        of_mask = workspace, workspace + self._bits_at
-        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *extras, seed, first_batch, *of_mask)
+        more = (*extras, seed, seed_at, first_batch, workspace, workspace + self._bits_at)
+        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *more)
 
 
 class BackwardCall:
@@ -296,7 +298,7 @@ class BackwardCall:
             block["tail"] = dataclasses.astuple(self.plans[1].tail)  # type: ignore[arg-type]
             maps = _backward_maps(problem, main, d_out, q, k, v)
         of_score = (
-            *(f"score.{name}" for name in (*Extras._fields, "seed", "first_batch")),
+            *(f"score.{name}" for name in (*Extras._fields, "seed", "seed_at", "first_batch")),
             "d_bias",
             "slope_sums",
             "sink_sums",
@@ -330,6 +332,7 @@ class BackwardCall:
         stream: int,
         extras: tuple[int, ...] = (0, 0, 0, 0),
         seed: int = 0,
+        seed_at: int = 0,
         first_batch: int = 0,
         d_bias: int = 0,
         slope_sums: int = 0,
@@ -337,7 +340,7 @@ class BackwardCall:
     ) -> None:
         """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0.
 
-        `extras`, `seed` and `first_batch` are as in :class:`ForwardCall`. The gradient by the bias is added to
+        `extras`, the seed and `first_batch` are as in :class:`ForwardCall`. The gradient by the bias is added to
         `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads, `num_slope_sums`),
         which has to hold zeros, and `sink_sums`, (batch, num_heads, `num_sink_sums`). Each of the three may be 0.
         """
@@ -357,6 +360,7 @@ class BackwardCall:
             *scratch,
             *extras,
             seed,
+            seed_at,
             first_batch,
             d_bias,
             slope_sums,

@@ -40,6 +40,7 @@ _SCORE = np.dtype(
         *((name, _PAIRS) for name in ("mask", "bias", "alibi_slopes", "sinks", "mask_blocks")),
         ("mask_bits", _MASK_BITS),
         ("seed", "u8"),
+        ("seed_at", "u8"),
         ("softcap", "f8"),
         ("kept_scale", "f8"),
         *((name, "i4") for name in ("dropped", "first_batch", "q_offset", "first_key")),

@@ -128,12 +128,11 @@ class TorchArrays(Framework):
         # torch.func's transforms, and dual numbers, whose tangents would be lost.
         return _transforms_active() or forward_ad._current_level >= 0
 
-    def seed(self, array: torch.Tensor) -> int:
-        return int(torch.randint(1 << 62, ()))
+    def seed(self, array: torch.Tensor) -> Any:
+        seed = torch.randint(1 << 62, (), device=array.device)
+        return seed if array.is_cuda else int(seed)
 
-    def attention(
-        self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Extras, seed: int | None
-    ) -> tuple[Any, Any]:
+    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Extras, seed: Any) -> tuple[Any, Any]:
         return _Attention.apply(q, k, v, *extras, seed, options)
 
     def attention_backward(self, *arguments: Any) -> tuple[Any, ...]:
@@ -149,6 +148,11 @@ def _extras(arrays: tuple[Any, ...]) -> Extras:
     return NO_EXTRAS if all(array is None for array in arrays) else Extras(*arrays)
 
 
+def _check_one_seed(in_dim: int | None) -> None:
+    if in_dim is not None:
+        raise ValueError("seed: got a seed for each entry inside vmap, wanted one: entries are counted, and differ")
+
+
 class _Attention(torch.autograd.Function):
     """(q, k, v, mask, bias, alibi_slopes, sinks, seed, options) -> (out, lse), both differentiable."""
 
@@ -159,28 +163,32 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-        q, k, v, *extras, ctx.seed, ctx.options = inputs
-        ctx.save_for_backward(q, k, v, *output, *extras)
+        q, k, v, *extras, seed, ctx.options = inputs
+        # A tensor is saved like the others, so that changing it before the backward pass is an error.
+        ctx.seed, at = (None, seed) if isinstance(seed, torch.Tensor) else (seed, None)
+        ctx.save_for_backward(q, k, v, *output, *extras, at)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, d_out: Any, d_lse: Any) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
             return (None,) * 9
-        q, k, v, out, lse, *extras = ctx.saved_tensors
+        q, k, v, out, lse, *extras, at = ctx.saved_tensors
+        seed = ctx.seed if at is None else at
         d_out = torch.zeros_like(out) if d_out is None else _with_contiguous_rows(d_out)
         operands = (d_out, q, k, v, out, lse, d_lse)
         wanted = tuple(ctx.needs_input_grad[4:7])
         if ARRAYS.records(*operands, *extras):
-            gradients = _AttentionBackward.apply(*operands, *extras, wanted, ctx.seed, ctx.options)
+            gradients = _AttentionBackward.apply(*operands, *extras, wanted, seed, ctx.options)
         else:
-            gradients = functional.backward(ARRAYS, *operands, ctx.options, _extras(tuple(extras)), wanted, ctx.seed)
+            gradients = functional.backward(ARRAYS, *operands, ctx.options, _extras(tuple(extras)), wanted, seed)
         d_q, d_k, d_v, d_bias, d_sinks, d_alibi_slopes = gradients
         return d_q, d_k, d_v, None, d_bias, d_alibi_slopes, d_sinks, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], q: Any, k: Any, v: Any, *arguments: Any) -> Any:
         *extras, seed, options = arguments
+        _check_one_seed(in_dims[7])
         num_axes = [_num_axes(x, in_dim) for x, in_dim in zip((q, k, v), in_dims, strict=False)]
         least = 3 if Options(*options).layout == "bshd" else 2
         if min(num_axes) < least:
@@ -222,6 +230,7 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         operands, extras, (wanted, seed, options) = arguments[:7], arguments[7:11], arguments[11:]
+        _check_one_seed(in_dims[12])
         num_axes = [None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(operands, in_dims, strict=False)]
         most = max(3, *(num for num in num_axes[:5] if num is not None))
         batched = [

@@ -311,7 +311,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
 #pragma unroll
                         for (int m = 0; m < kM; ++m) {
                             TransposedDraws const draws = transposed_draws(
-                                params.score.seed, params.score.first_batch + batch, current.head,
+                                params.score.current_seed(), params.score.first_batch + batch, current.head,
                                 (current.m_block * cfg.block_m + 8 * n) / 16, (params.score.first_key + k_begin + warp_row) / 16 + m, lane);
 #pragma unroll
                             for (int t = 0; t < 2; ++t)

@@ -160,7 +160,7 @@ struct BackwardConsumer {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
             TransposedDraws const draws =
-                transposed_draws(score.seed, score.first_batch + work().batch(), steps.head(at),
+                transposed_draws(score.current_seed(), score.first_batch + work().batch(), steps.head(at),
                                  steps.q_begin(at) / 16 + k, (score.first_key + steps.k_begin(at)) / 16 + warp, lane);
 #pragma unroll
             for (int n = 0; n < 2; ++n)

@@ -182,7 +182,7 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
                 DropoutDraws const draws =
-                    dropout_draws(params.score.seed, params.score.first_batch + batch, head,
+                    dropout_draws(params.score.current_seed(), params.score.first_batch + batch, head,
                                   (q_begin + warp_row) / 16 + m, (params.score.first_key + n * cfg.block_n + 8 * t) / 16, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j)

@@ -345,7 +345,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 #pragma unroll
             for (int t = 0; t < kN; t += 2) {
                 DropoutDraws const draws =
-                    dropout_draws(params.score.seed, params.score.first_batch + here.batch, here.head, (q_begin + row) / 16,
+                    dropout_draws(params.score.current_seed(), params.score.first_batch + here.batch, here.head, (q_begin + row) / 16,
                                   (params.score.first_key + n * cfg.block_n) / 16 + t / 2, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j)

@@ -60,12 +60,17 @@ struct ScoreParams {
     Pairs mask_blocks;  // lists of mask_blocks.cuh; query_stride is that of tiles
     MaskBits mask_bits;
     u64 seed;
+    char* seed_at;      // where the seed is, if it is on the device
     double softcap;
     double kept_scale;  // 1 / (1 - dropout_p)
     i32 dropped;       // how many of the draws of 16 bits drop a weight
     i32 first_batch;   // number of the first batch entry, as the generator counts
     i32 q_offset;      // where query 0 stands among the keys
     i32 first_key;     // number of the first key, as the generator counts: a multiple of 16
+
+    CUFLASH_DEVICE u64 current_seed() const {
+        return seed_at == nullptr ? seed : __ldg(reinterpret_cast<u64 const*>(seed_at));
+    }
 };
 
 struct ForwardParams {

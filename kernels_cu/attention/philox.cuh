@@ -65,7 +65,7 @@ CUFLASH_DEVICE bool is_kept(ScoreParams const& params, bool has_dropout, int bat
     if (!has_dropout) return true;
     k_idx += params.first_key;
     int const row = q_idx % 16, col = k_idx % 16;
-    DropoutDraws const draws = dropout_draws(params.seed, params.first_batch + batch, head, q_idx / 16, k_idx / 16,
+    DropoutDraws const draws = dropout_draws(params.current_seed(), params.first_batch + batch, head, q_idx / 16, k_idx / 16,
                                              row % 8 * 4 + col % 8 / 2);
     return draws.of(col / 8, row / 8 * 2 + col % 2) >= static_cast<u32>(params.dropped);
 }

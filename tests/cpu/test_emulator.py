@@ -321,7 +321,9 @@ def check_scores(case: Case, arch: int, options: Options, extras: Extras, device
     extra_views = extras.map(view, Extras._fields)
     call = arguments.forward(*views, None, options, extra_views)
     pointers = tuple(0 if x is None else device.address(x) for x in extras)
-    of_score = pointers, score.seed, score.first_batch
+    seed = device.put(np.array([score.seed], np.uint64))
+    of_seed = (0, device.address(seed)) if extras.mask is None else (score.seed, 0)
+    of_score = pointers, *of_seed, score.first_batch
     out = device.put(np.full(yardstick.out.shape, np.nan, q.dtype))
     lse = device.put(np.full(yardstick.lse.shape, np.nan, np.float32))
     strides = {"extras": call.extras, "itemsizes": call.itemsizes}

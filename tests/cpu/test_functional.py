@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -372,8 +373,11 @@ class HostLaunches:
         shape, strides = (problem.batch, heads, seqlen), (heads * seqlen, seqlen, 1)
         return at(pointer, shape, strides, problem.lse_dtype) if pointer else None
 
-    def score(self, problem: Any, strides: Extras, pointers: Any, seed: int, first_batch: int) -> Score:
+    def score(self, problem: Any, strides: Extras, pointers: Any, seed: int, seed_at: int, first_batch: int) -> Score:
         f = problem.features
+        if seed_at:
+            assert seed == 0
+            seed = int(at(seed_at, (1,), (1,), "uint64")[0])
         shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
         shapes = (shape, shape, shape[:2], shape[1:2])
         dtypes = ("bool", f.bias, problem.lse_dtype, problem.lse_dtype)
@@ -400,6 +404,7 @@ class HostLaunches:
             stream: int,
             pointers: Any = (0,) * 4,
             seed: int = 0,
+            seed_at: int = 0,
             first: int = 0,
             workspace: int = 0,
         ) -> None:
@@ -407,7 +412,7 @@ class HostLaunches:
             self.log.append(("forward", device, stream))
             addressed = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
             parts = [self.operand(problem, *each) for each in addressed]
-            score = self.score(problem, extras, pointers, seed, first)
+            score = self.score(problem, extras, pointers, seed, seed_at, first)
             cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale, score=score)
 
         call.workspace_bytes = 64 if problem.features.mask else 0
@@ -424,7 +429,7 @@ class HostLaunches:
     ) -> Any:
         def call(*pointers: Any) -> None:
             operands, (workspace, stream), rest = pointers[:10], pointers[10:12], pointers[12:]
-            extra_pointers, seed, first, *sums = rest or ((0,) * 4, 0, 0, 0, 0, 0)
+            extra_pointers, seed, seed_at, first, *sums = rest or ((0,) * 4, 0, 0, 0, 0, 0, 0)
             at(workspace, (64,), (1,), "uint8")[...] = 1
             self.log.append(("backward", device, stream))
             lse, d_lse = (self.lse(problem, pointer) for pointer in operands[5:7])
@@ -442,7 +447,7 @@ class HostLaunches:
                 bias_sum = bias_sum[tuple(slice(0, 1) if n == 0 else slice(None) for n in bias_sum.strides)]
             if sink_sums is not None:
                 sink_sums = sink_sums[0]  # the others are zeros, and so is their share of the sum
-            score = self.score(problem, extras, extra_pointers, seed, first)
+            score = self.score(problem, extras, extra_pointers, seed, seed_at, first)
             cpu.backward(
                 *parts[:5], lse, d_lse, *parts[5:], band=problem.band, scale=problem.scale, score=score,
                 d_bias=bias_sum, d_alibi_slopes=slope_sums, d_sinks=sink_sums,
@@ -575,6 +580,45 @@ def test_device_calls_change_scores_as_host_calls_do(device, shapes, extras, lay
         assert actual.dtype == desired.dtype
         np.testing.assert_allclose(actual, desired, rtol=1e-6 if desired.dtype == np.float32 else 1e-12, atol=1e-12)
     assert device.log == [("forward", 1, 7)] * launches + [("backward", 1, 7)] * launches
+
+
+def test_seeds_on_the_device_stay_there(device):
+    q, k, v, d_out = (random(2, 4, 5, 8, seed=seed).view(DeviceArray) for seed in range(4))
+    number = -5
+    wanted, lse = cuflash.attention(q, k, v, dropout_p=0.5, seed=number, return_lse=True)
+    gradients = cuflash.attention_backward(d_out, q, k, v, wanted, lse, dropout_p=0.5, seed=number)
+    for seed in (np.array(number).view(DeviceArray), np.array([number % 2**64], np.uint64).view(DeviceArray)):
+        options = {"dropout_p": 0.5, "seed": seed}
+        np.testing.assert_array_equal(cuflash.attention(q, k, v, **options), wanted)
+        found = cuflash.attention_backward(d_out, q, k, v, wanted, lse, **options)
+        np.testing.assert_array_equal(found.d_v, gradients.d_v)
+        assert cuflash.attention(q, k, v, seed=seed).shape == q.shape
+    # On the host an array is a number like any other.
+    for seed in (np.array(number), np.array([number]), np.int32(number)):
+        np.testing.assert_array_equal(cuflash.attention(q, k, v, dropout_p=0.5, seed=seed), wanted)
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (np.array(1.0).view(DeviceArray), "seed: got an array of float64 (), wanted one int64 or uint64"),
+        (np.array(1, np.int32).view(DeviceArray), "seed: got an array of int32 (), wanted one int64 or uint64"),
+        (np.array([1, 2]).view(DeviceArray), "seed: got an array of int64 (2,), wanted one int64 or uint64"),
+        (np.array([1, 2]), "seed: got array([1, 2]), wanted an integer"),
+        (np.array(1.5), "seed: got 1.5, wanted an integer"),
+        ("1", "seed: got '1', wanted an integer"),
+    ],
+)
+def test_what_is_no_seed(device, seed, message):
+    x = random(4, 5, 8).view(DeviceArray)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        cuflash.attention(x, x, x, dropout_p=0.5, seed=seed)
+
+
+def test_seeds_elsewhere(device):
+    x, seed = random(4, 5, 8), np.array(1).view(DeviceArray)
+    with pytest.raises((TypeError, ValueError), match="seed: got an array"):
+        cuflash.attention(x, x, x, dropout_p=0.5, seed=seed)
 
 
 @pytest.mark.parametrize(
