@@ -233,6 +233,62 @@ def test_forward_and_backward_can_be_captured_into_a_graph() -> None:
         assert same_bits(tensor, wanted)
 
 
+def test_seed_on_the_device_is_the_seed() -> None:
+    q, k, v, d_out = tensors(CASE)
+    number = 3**39
+    results = []
+    for seed in (number, torch.tensor(number, device="cuda"), torch.tensor([number], device="cuda").to(torch.uint64)):
+        out = cuflash.attention(q, k, v, dropout_p=0.3, seed=seed, deterministic=True)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), d_out)))
+    for result in results[1:]:
+        assert all(same_bits(x, wanted) for x, wanted in zip(result, results[0], strict=True))
+
+
+def test_seeds_are_those_of_the_generator() -> None:
+    q, k, v, _ = (x.detach() for x in tensors(CASE))
+    torch.manual_seed(5)
+    first, second = (cuflash.attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    assert not same_bits(first, second)
+    torch.manual_seed(5)
+    assert same_bits(cuflash.attention(q, k, v, dropout_p=0.5), first)
+
+
+def test_changing_the_seed_before_the_backward_pass_raises() -> None:
+    q, k, v, d_out = tensors(CASE)
+    seed = torch.tensor(1, device="cuda")
+    out = cuflash.attention(q, k, v, dropout_p=0.5, seed=seed)
+    seed += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(d_out)
+
+
+def test_every_replay_of_a_graph_drops_other_weights() -> None:
+    """And its backward pass those that its forward pass has dropped: d_v sums up to what out does."""
+    q, k, v, _ = tensors(replace(CASE, dtype="float32"))
+
+    def step() -> tuple[Any, Any]:
+        out = cuflash.attention(q, k, v, dropout_p=0.5)
+        # With d_out = 1, the sum of v * d_v is that of out: both are sums of the same weights times v.
+        (d_v,) = torch.autograd.grad(out, v, torch.ones_like(out))
+        return out, (d_v * v).sum()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, total = step()
+    found = []
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(total, out.sum(), rtol=1e-3, atol=1e-2)
+        found.append(out.clone())
+    assert not any(same_bits(found[i], found[j]) for i in range(3) for j in range(i))
+
+
 def test_forward_takes_no_memory_beyond_its_results() -> None:
     """No scores, no workspace: 4 MiB of output and 128 KiB of LSE for 16384 queries, whose scores would be 1 GiB."""
     q, k, v = (torch.randn(1, 2, 16384, 64, dtype=torch.float16, device="cuda") for _ in range(3))
