@@ -310,14 +310,16 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                     for (int n = 0; n < kN; n += 2)
 #pragma unroll
                         for (int m = 0; m < kM; ++m) {
+                            int const k_first = params.score.first_key + k_begin + warp_row;
                             TransposedDraws const draws = transposed_draws(
                                 params.score.current_seed(), params.score.first_batch + batch, current.head,
-                                (current.m_block * cfg.block_m + 8 * n) / 16, (params.score.first_key + k_begin + warp_row) / 16 + m, lane);
+                                (current.m_block * cfg.block_m + 8 * n) / 16, k_first / 16 + m, lane);
 #pragma unroll
                             for (int t = 0; t < 2; ++t)
 #pragma unroll
                                 for (int j = 0; j < 4; ++j)
-                                    if (draws.of(t, j) < static_cast<u32>(params.score.dropped)) p[m][n + t][j] = -p[m][n + t][j];
+                                    if (draws.of(t, j) < static_cast<u32>(params.score.dropped))
+                                        p[m][n + t][j] = -p[m][n + t][j];
                         }
                 }
 #pragma unroll

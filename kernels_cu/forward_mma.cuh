@@ -178,12 +178,12 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     // Dropped weights become 0, of the columns of tiles t and t + 1 of tile n; their sums are taken before.
     auto drop = [&](float (&s)[kM][kN][4], int position, int t) {
         if constexpr (cfg.score.dropout) {
-            int const n = tiles[position].tile;
+            int const k_first = params.score.first_key + tiles[position].tile * cfg.block_n + 8 * t;
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
                 DropoutDraws const draws =
                     dropout_draws(params.score.current_seed(), params.score.first_batch + batch, head,
-                                  (q_begin + warp_row) / 16 + m, (params.score.first_key + n * cfg.block_n + 8 * t) / 16, lane);
+                                  (q_begin + warp_row) / 16 + m, k_first / 16, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
 #pragma unroll

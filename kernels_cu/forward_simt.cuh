@@ -99,7 +99,9 @@ CUFLASH_DEVICE void forward_simt(ForwardParams const& params, u32 smem) {
             for (int j = 0; j < Gemm::kN; ++j) {
                 Acc const p = exp2_acc(s[i][j] - shift);
                 row_sum[i] += p;
-                gemm.p_at(i, j) = is_kept(params.score, cfg.score.dropout, batch, head, q_begin + gemm.row(i), k_begin + gemm.col(j)) ? p : Acc(0);
+                bool const kept = is_kept(params.score, cfg.score.dropout, batch, head, q_begin + gemm.row(i),
+                                          k_begin + gemm.col(j));
+                gemm.p_at(i, j) = kept ? p : Acc(0);
             }
 #pragma unroll
             for (int g = 0; g < Gemm::kGroups; ++g)

@@ -16,7 +16,8 @@
 // Order   keys run from the last block to the first. The tensor core gets S of a block together with P V of the block
 //         before, and while P V runs the warpgroup computes the softmax of S; the first S of a tile goes with the
 //         last P V of the tile before (with two places for Q). With ping_pong warpgroups take turns to issue products,
-//         so that one's softmax falls beside the other's products.
+//         so that one's softmax falls beside the other's products. ALiBi's slopes favour the nearest keys: then it begins
+//         with these, for what comes later to be small beside them (`HeadScores::pivot`).
 // Source  Shah et al. 2024 (FlashAttention-3), algorithms 1 and 2; Dao 2023 (FlashAttention-2), algorithm 1.
 #pragma once
 #include "attention/block_list.cuh"
@@ -324,8 +325,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
             Fetched fetched;
             fetched.fetch(head_scores, shape, q_begin + row, n * cfg.block_n, n, is_partial, lane);
             float derivative[kN][4];
-            head_scores.change(s[0], derivative, static_cast<float>(params.scale), fetched, 0, q_begin + row, n * cfg.block_n,
-                               lane);
+            head_scores.change(s[0], derivative, static_cast<float>(params.scale), fetched, 0, q_begin + row,
+                               n * cfg.block_n, lane);
         };
         // The bias of a block on its way from memory: a line of one of the warp's rows per lane.
         auto prefetch = [&](int position) {
@@ -345,8 +346,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 #pragma unroll
             for (int t = 0; t < kN; t += 2) {
                 DropoutDraws const draws =
-                    dropout_draws(params.score.current_seed(), params.score.first_batch + here.batch, here.head, (q_begin + row) / 16,
-                                  (params.score.first_key + n * cfg.block_n) / 16 + t / 2, lane);
+                    dropout_draws(params.score.current_seed(), params.score.first_batch + here.batch, here.head,
+                                  (q_begin + row) / 16, (params.score.first_key + n * cfg.block_n) / 16 + t / 2, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -417,7 +418,8 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float const total = softmax.row_sum[h];
-                inverse[0][h] = total == 0.f ? 0.f : (cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f) / total;
+                float const kept_scale = cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f;
+                inverse[0][h] = total == 0.f ? 0.f : kept_scale / total;
             }
             scale_rows(o, inverse);
 #pragma unroll

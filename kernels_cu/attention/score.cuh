@@ -97,7 +97,8 @@ struct MaskFragment {
     CUFLASH_DEVICE void fetch(MaskBits const& bits, char const* origin, int first_row, int num_rows, int tile, int lane) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            char const* const row = origin + min(first_row + lane / 4 + 8 * h, num_rows - 1) * bits.row_stride + tile * bits.tile_stride;
+            int const index = min(first_row + lane / 4 + 8 * h, num_rows - 1);
+            char const* const row = origin + index * bits.row_stride + tile * bits.tile_stride;
 #pragma unroll
             for (int i = 0; i < (kN + 3) / 4; ++i) {
                 u32 word;
@@ -274,7 +275,7 @@ struct HeadScores {
         }
     };
 
-    // Of accumulators, which hold q.k: their columns are those of `fetched` from 8 n_first on, q_first or k_first is their first.
+    // Of accumulators, which hold q.k. Their columns are those of `fetched` from 8 n_first on; q_first or k_first is the first.
     template <bool kTransposed, int kN, int kFetched>
     CUFLASH_DEVICE void change(float (&s)[kN][4], float (&derivative)[kN][4], float scale,
                                Fetched<kTransposed, kFetched> const& fetched, int n_first, int q_first, int k_first,
