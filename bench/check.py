@@ -13,7 +13,7 @@ head of the first sequence and the last of the last, with all the queries that r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,18 +60,34 @@ class Inputs:
             torch.full_like(tensor, math.nan)
 
 
-class Reference:
-    """Exact values and allowed errors of a workload's checked heads."""
+#: (batch, query heads, key/value head): heads that share keys.
+Slice = tuple[int, slice, int]
 
-    def __init__(self, workload: Workload, inputs: Inputs) -> None:
-        self._slices = list(checked_slices(workload))
+
+class Reference:
+    """Exact values and allowed errors of a workload's checked heads.
+
+    ``attention`` computes what :func:`dense` does, given which heads it is about; it is that where none is given.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        inputs: Inputs,
+        attention: Callable[[Slice, Sequence[Tensor]], dict[str, Tensor]] | None = None,
+        slices: Iterable[Slice] | None = None,
+    ) -> None:
+        attention = attention or (lambda _, operands: dense(workload, *operands))
+        self._slices = list(checked_slices(workload) if slices is None else slices)
         self._exact: list[dict[str, Tensor]] = []
         self._allowed: list[dict[str, float]] = []
-        for batch, heads, head_kv in self._slices:
-            q, d_out = inputs.q[batch, heads], inputs.d_out[batch, heads]
-            k, v = inputs.k[batch, head_kv], inputs.v[batch, head_kv]
-            exact = dense(workload, q.double(), k.double(), v.double(), d_out.double())
-            naive = dense(workload, q, k, v, d_out)
+        for part in self._slices:
+            batch, heads, head_kv = part
+            operands = [
+                inputs.q[batch, heads], inputs.k[batch, head_kv], inputs.v[batch, head_kv], inputs.d_out[batch, heads],
+            ]  # fmt: skip
+            exact = attention(part, [operand.double() for operand in operands])
+            naive = attention(part, operands)
             self._exact.append(exact)
             self._allowed.append({name: allowed_error(FACTORS[name], naive[name], exact[name]) for name in exact})
 
@@ -128,8 +144,8 @@ def dense(workload: Workload, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) ->
     return {"out": out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
 
 
-def checked_slices(workload: Workload) -> Iterator[tuple[int, slice, int]]:
-    """(batch, query heads, key/value head): the first and the last."""
+def checked_slices(workload: Workload) -> Iterator[Slice]:
+    """The first and the last."""
     group = workload.num_heads // workload.num_heads_kv
     for batch, head_kv in {(0, 0), (workload.batch - 1, workload.num_heads_kv - 1)}:
         yield batch, slice(head_kv * group, (head_kv + 1) * group), head_kv

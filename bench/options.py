@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cuflash
 from cuflash import rng
 
-from .check import FACTORS, TENSORS, Inputs, allowed_error, checked_slices, max_error, worst
-from .providers import OURS, Attention, Provider, bind_flex
+from .check import TENSORS, Inputs, Reference, Slice, checked_slices
+from .providers import OURS, PROVIDERS, Provider, bind_cuflash, bind_flex, bind_sdpa
 from .rows import Row
 from .runner import Candidate, Case, Options, Timer, run_case
 from .shapes import Workload, default_grid
@@ -115,14 +112,13 @@ OPTIONS = (
 # --- what is right --------------------------------------------------------------------------------
 
 
-def definition(
-    workload: Workload, bound: Bound, batch: int, heads: slice, operands: Sequence[Tensor], kept: Tensor | None
-) -> dict[str, Tensor]:
+def definition(workload: Workload, bound: Bound, part: Slice, operands: Sequence[Tensor]) -> dict[str, Tensor]:
     """Attention of the heads that share keys and its gradients, by autograd, in the dtype of the operands.
 
     q and d_out are (heads, seqlen_q, head_dim); k and v are (seqlen_k, head_dim).
     """
     q, k, v = (x.detach().requires_grad_() for x in operands[:3])
+    batch, heads, _ = part
     h = torch.arange(heads.start, heads.stop, device=q.device)[:, None, None]
     i, j = torch.arange(workload.seqlen_q, device=q.device)[:, None], torch.arange(workload.seqlen_k, device=q.device)
     score = q @ k.mT * workload.scale
@@ -132,61 +128,41 @@ def definition(
     if bound.mask is not None:
         visible = visible & bound.mask(batch, h, i, j)
     weights = torch.softmax(score.masked_fill(~visible, -math.inf), dim=-1)
-    if kept is not None:
-        weights = weights * kept / (1 - bound.dropout_p)
+    if bound.dropout_p:
+        kept = _kept(workload, bound.dropout_p, batch, heads.start, heads.stop)
+        weights = weights * kept.to(q.device) / (1 - bound.dropout_p)
     out = weights @ v
     gradients = torch.autograd.grad(out, (q, k, v), operands[3])
     return dict(zip(TENSORS["forward+backward"], (out.detach(), *gradients), strict=True))
 
 
-class Definition:
-    """Exact values and allowed errors of the first heads that share keys and, but for dropout, of the last."""
+@functools.lru_cache(maxsize=1)  # the same for the exact and the naive values, and slow to draw
+def _kept(workload: Workload, dropout_p: float, batch: int, first_head: int, end_head: int) -> Tensor:
+    axes = slice(first_head, end_head), slice(0, workload.seqlen_q), slice(0, workload.seqlen_k)
+    return torch.from_numpy(rng.keep(SEED, dropout_p, batch, *axes))
 
-    def __init__(self, workload: Workload, bound: Bound, inputs: Inputs) -> None:
-        slices = list(checked_slices(workload))
-        self._slices = slices[:1] if bound.dropout_p else slices
-        self._exact: list[dict[str, Tensor]] = []
-        self._allowed: list[dict[str, float]] = []
-        for batch, heads, head_kv in self._slices:
-            kept = None
-            if bound.dropout_p:
-                pairs = slice(0, workload.seqlen_q), slice(0, workload.seqlen_k)
-                kept = torch.from_numpy(rng.keep(SEED, bound.dropout_p, batch, heads, *pairs)).to(inputs.q.device)
-            operands = inputs.q[batch, heads], inputs.k[batch, head_kv], inputs.v[batch, head_kv]
-            operands += (inputs.d_out[batch, heads],)
-            exact = definition(workload, bound, batch, heads, [x.double() for x in operands], kept)
-            naive = definition(workload, bound, batch, heads, operands, kept)
-            self._exact.append(exact)
-            self._allowed.append({name: allowed_error(FACTORS[name], naive[name], exact[name]) for name in exact})
 
-    def error(self, measure: str, result: Sequence[Tensor]) -> float:
-        """Largest error of ``result`` as a fraction of the allowed one."""
-        errors = []
-        for (batch, heads, head_kv), exact, allowed in zip(self._slices, self._exact, self._allowed, strict=True):
-            for name, tensor in zip(TENSORS[measure], result, strict=True):
-                part = tensor[batch, head_kv if name in ("d_k", "d_v") else heads]
-                errors.append(max_error(part, exact[name]) / allowed[name])
-        return worst(errors)
+def reference(workload: Workload, bound: Bound, inputs: Inputs) -> Reference:
+    """What answers have to be; with dropout only the first heads are checked, whose kept weights take long to draw."""
+    slices = list(checked_slices(workload))
+    return Reference(
+        workload, inputs, functools.partial(definition, workload, bound), slices[:1] if bound.dropout_p else slices
+    )
 
 
 # --- who is measured ------------------------------------------------------------------------------
 
 
 def _ours(bound: Bound) -> Provider:
-    return Provider(OURS, lambda w: functools.partial(cuflash.attention, is_causal=w.is_causal, **bound.arguments))
+    return replace(PROVIDERS[OURS], bind=lambda workload: bind_cuflash(workload, **bound.arguments))
 
 
 def _flex(bound: Bound) -> Provider:
-    return Provider("flex", lambda w: bind_flex(w, bound.score, bound.mask))
+    return replace(PROVIDERS["flex"], bind=lambda workload: bind_flex(workload, bound.score, bound.mask))
 
 
 def _fa2(dropout_p: float) -> Provider:
-    def bind(workload: Workload) -> Attention:
-        grouped = {"enable_gqa": True} if workload.num_heads != workload.num_heads_kv else {}
-        attention = F.scaled_dot_product_attention
-        return functools.partial(attention, is_causal=workload.is_causal, dropout_p=dropout_p, **grouped)
-
-    return Provider("sdpa-fa2", bind, context=functools.partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION))
+    return replace(PROVIDERS["sdpa-fa2"], bind=lambda workload: bind_sdpa(workload, dropout_p=dropout_p))
 
 
 def run_option(option: Option, workload: Workload, timer: Timer, rounds: int, device: str = "cuda") -> list[Row]:
@@ -194,11 +170,11 @@ def run_option(option: Option, workload: Workload, timer: Timer, rounds: int, de
     workload = option.adapt(workload)
     bound = option.bind(workload, device)
     inputs = Inputs.random(workload, device)
-    right = Definition(workload, bound, inputs)
+    right = reference(workload, bound, inputs)
     peer = _fa2(bound.dropout_p) if bound.dropout_p else _flex(bound)
     # Which weights a peer drops is its own affair: its answer is checked without.
     checked = _fa2(0.0) if bound.dropout_p else None
-    undropped = Definition(workload, Bound({}, bound.score, bound.mask), inputs) if checked else right
+    undropped = reference(workload, Bound({}, bound.score, bound.mask), inputs) if checked else right
     rows = []
     for measure in ("forward", "backward"):
 
@@ -209,7 +185,11 @@ def run_option(option: Option, workload: Workload, timer: Timer, rounds: int, de
             return undropped.error(measure, checked.call(measure, workload, inputs)())
 
         candidates = [
-            Candidate(provider.name, functools.partial(provider.call, measure, workload, inputs))
+            Candidate(
+                provider.name,
+                functools.partial(provider.call, measure, workload, inputs),
+                provider.unsupported(workload),
+            )
             for provider in (_ours(bound), peer)
         ]
         rows += run_case(Case("options", f"{option.name} {measure}", workload, "ms"), candidates, check, timer, rounds)

@@ -89,13 +89,16 @@ def leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 # --- what the contestants run ---------------------------------------------------------------------
 
 
-def _bind_cuflash(workload: Workload) -> Attention:
-    return functools.partial(cuflash.attention, is_causal=workload.is_causal)
+def bind_cuflash(workload: Workload, **options: Any) -> Attention:
+    """Our attention, with further options."""
+    return functools.partial(cuflash.attention, is_causal=workload.is_causal, **options)
 
 
-def _bind_sdpa(workload: Workload) -> Attention:
-    grouped = {"enable_gqa": True} if _is_grouped(workload) else {}
-    return functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=workload.is_causal, **grouped)
+def bind_sdpa(workload: Workload, **options: Any) -> Attention:
+    """PyTorch's own attention, with further options."""
+    if _is_grouped(workload):
+        options["enable_gqa"] = True
+    return functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=workload.is_causal, **options)
 
 
 def bind_flex(workload: Workload, score: Any = None, mask: Any = None) -> Attention:
@@ -159,7 +162,7 @@ def _needs_fa4(_: Workload) -> str | None:
 
 
 def _sdpa(name: str, backend: SDPBackend, *rules: Rule) -> Provider:
-    return Provider(name, _bind_sdpa, (_top_left, *rules), functools.partial(sdpa_kernel, backend))
+    return Provider(name, bind_sdpa, (_top_left, *rules), functools.partial(sdpa_kernel, backend))
 
 
 OURS = "cuflash"
@@ -168,12 +171,12 @@ OURS = "cuflash"
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(OURS, _bind_cuflash),
+        Provider(OURS, bind_cuflash),
         _sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION, _only_16_bit, _up_to_256),
         _sdpa("sdpa-fa2", SDPBackend.FLASH_ATTENTION, _only_16_bit, _up_to_256),
         _sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION, _no_groups),
         _sdpa("sdpa-math", SDPBackend.MATH),
-        Provider("sdpa", _bind_sdpa, (_top_left,)),
+        Provider("sdpa", bind_sdpa, (_top_left,)),
         Provider("flex", _bind_flex),
         Provider("fa4", _bind_fa4, (_needs_fa4, _only_16_bit, _up_to_256)),
     )

@@ -315,8 +315,8 @@ def test_options_are_to_cuflash_what_their_functions_say(name):
     bound = option.bind(workload, "cpu")
     inputs = check.Inputs.random(workload, "cpu")
     result = options._ours(bound).forward_backward(workload, inputs)()
-    assert options.Definition(workload, bound, inputs).error("forward+backward", result) <= 1
-    assert options.Definition(workload, options.Bound({}), inputs).error("forward+backward", result) > 1
+    assert options.reference(workload, bound, inputs).error("forward+backward", result) <= 1
+    assert options.reference(workload, options.Bound({}), inputs).error("forward+backward", result) > 1
 
 
 def test_rows_that_see_nothing_are_zero():
