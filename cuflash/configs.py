@@ -971,20 +971,14 @@ _BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int]] = {
     (192, 192): (64, 64, 1, 2),
     (256, 256): (48, 64, 1, 2),
 }
-# Derivatives of softcap take registers, too.
-_BACKWARD_WGMMA_SOFTCAP = _BACKWARD_WGMMA_SCORES | {(64, 64): (64, 64, 1, 2)}
-# Without a mask, whose hidden blocks are those of powers of two.
-_BACKWARD_WGMMA_UNMASKED = {(128, 128): (80, 64, 1, 2)}
-_BACKWARD_WGMMA_UNMASKED_SOFTCAP = {(64, 64): (96, 64, 1, 2), (128, 128): (96, 64, 1, 2)}
-
-
-def _backward_wgmma_score_row(head_dims: tuple[int, int], score: ScoreConfig) -> tuple[int, int, int, int]:
-    row = (_BACKWARD_WGMMA_SOFTCAP if score.softcap else _BACKWARD_WGMMA_SCORES)[head_dims]
-    if score.mask:
-        return row
-    return (_BACKWARD_WGMMA_UNMASKED_SOFTCAP if score.softcap else _BACKWARD_WGMMA_UNMASKED).get(head_dims, row)
-
-
+# Exceptions, by head dims, softcap and mask: derivatives of softcap take registers, too, and blocks that a mask hides
+# are those of powers of two.
+_BACKWARD_WGMMA_SCORES_BY_OPTION: dict[tuple[int, int, bool, bool], tuple[int, int, int, int]] = {
+    (64, 64, True, True): (64, 64, 1, 2),
+    (64, 64, True, False): (96, 64, 1, 2),
+    (128, 128, True, False): (96, 64, 1, 2),
+    (128, 128, False, False): (80, 64, 1, 2),
+}
 #: The widest head_dim that gains from `overlap` where d_q is summed in a fixed order, too.
 _OVERLAP_IN_ORDER = 64
 
@@ -995,7 +989,8 @@ def backward_wgmma_config(
     """The row of the table; `head_dim`s are padded ones."""
     if score.any():
         dims = max((head_dim, head_dim_v), (64, 64))
-        tile = _backward_wgmma_score_row(dims, score)
+        by_option = (*dims, score.softcap, score.mask)
+        tile = _BACKWARD_WGMMA_SCORES_BY_OPTION.get(by_option, _BACKWARD_WGMMA_SCORES[dims])
         return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
     row = _BACKWARD_WGMMA[head_dim, head_dim_v]
     gains = not deterministic or head_dim <= _OVERLAP_IN_ORDER

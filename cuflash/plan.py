@@ -355,16 +355,18 @@ def plan_forward(problem: Problem, device: DeviceInfo, family: str = "auto") -> 
     if family == "wgmma":
         raise _no_wgmma(p, device, configs.has_wgmma(mma, device.arch))
     config = configs.forward_mma_config(mma, device.arch, head_dim, head_dim_v, p.vectorized, score)
-    return _with_mask(Plan(config, ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch), config, p)
+    made, before = _look_at_mask(config, p)
+    grid = ceil_div(p.seqlen_q, config.block_m) * p.num_heads * p.batch
+    return Plan(config, grid, mask_blocks=made, before=before)
 
 
-def _with_mask(plan: Plan, config: configs.TileConfig, problem: Problem) -> Plan:
-    """A main kernel after the launch that looks at the mask, if there is one."""
+def _look_at_mask(config: configs.TileConfig, problem: Problem) -> tuple[MaskBlocks | None, Plan | None]:
+    """What a main kernel reads of a mask, and the launch before that makes it; None where there is no mask."""
     if problem.features.mask is None:
-        return plan
+        return None, None
     looks = configs.mask_blocks_config(config)
-    mask_blocks = MaskBlocks.of(problem, config.block_m, config.block_n, looks.by_keys)
-    return replace(plan, mask_blocks=mask_blocks, before=Plan(looks, mask_blocks.num_lists))
+    made = MaskBlocks.of(problem, config.block_m, config.block_n, looks.by_keys)
+    return made, Plan(looks, made.num_lists)
 
 
 def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
@@ -409,7 +411,8 @@ def _pack(problem: Problem, block_m: int) -> int:
 def wgmma_plan(config: configs.ForwardWgmmaConfig, problem: Problem, device: DeviceInfo, pack: int = 1) -> Plan:
     """The launch of a Hopper configuration: a block per multiprocessor, or per tile if there are fewer."""
     order = _forward_order(problem, config, pack, device.num_sms)
-    return _with_mask(Plan(config, min(order.num_tiles, device.num_sms), order=order), config, problem)
+    made, before = _look_at_mask(config, problem)
+    return Plan(config, min(order.num_tiles, device.num_sms), order=order, mask_blocks=made, before=before)
 
 
 def plan_backward(problem: Problem, device: DeviceInfo, family: str = "auto") -> tuple[Plan, ...]:
@@ -454,9 +457,8 @@ def plans_around(
     preprocess, convert = configs.backward_companions(main)
     sizes = main.block_m, 4, main.dq_columns, preprocess.semaphores
     num_blocks = ceil_div(p.seqlen_k, main.block_n)
-    mask_bytes = 0
-    if p.features.mask is not None:
-        mask_bytes = MaskBlocks.of(p, main.block_m, main.block_n, by_keys=True).num_bytes
+    made, before = _look_at_mask(main, p)
+    mask_bytes = 0 if made is None else made.num_bytes
     if isinstance(main, configs.BackwardWgmmaConfig):
         order = _backward_order(p, main)
         tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
@@ -465,12 +467,13 @@ def plans_around(
         workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats, mask_bytes=mask_bytes)
         # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
         grid = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
-        middle = [_with_mask(Plan(main, grid, workspace, order, tail), main, p)]
+        middle = [Plan(main, grid, workspace, order, tail, made, before)]
         if tail.num_tiles:
             middle.append(Plan(gather, tail.num_tiles * gather.main_warps, workspace))
     else:
         workspace = Workspace.of(p, *sizes, mask_bytes=mask_bytes)
-        middle = [_with_mask(Plan(main, num_blocks * p.num_heads_kv * p.batch, workspace), main, p)]
+        grid = num_blocks * p.num_heads_kv * p.batch
+        middle = [Plan(main, grid, workspace, mask_blocks=made, before=before)]
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch
     return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace), *_sinks(p, workspace)
 
