@@ -200,8 +200,8 @@ def attention(
     arguments.check_later_options(score_mod)
     options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p)
     if dropout_p != 0.0 or seed is not None:
-        seed = framework.seed(q) if seed is None and framework is not None else seed
-        seed = _check_seed(seed, dropout_p, q)
+        drawn = framework.seed(q) if seed is None and framework is not None else None
+        seed = _check_seed(seed, dropout_p, q) if drawn is None else drawn
     if framework is None:
         result = _attention_dlpack(q, k, v, out, return_lse, options, extras, seed)
     elif framework.records(q, k, v, out, *extras):
