@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels_cu"
 
 # From the bottom up: a module imports only from layers below its own.
 LAYERS = (
-    {"environment", "rng", "scores", "tensor_map"},
+    {"environment", "expression", "rng", "scores", "tensor_map"},
     {"problem", "cpu", "reference", "arrays"},
     {"configs", "params", "arguments"},
     {"plan", "compile"},
