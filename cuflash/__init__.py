@@ -4,8 +4,19 @@
 speaks DLPack; the result lives where the inputs live.
 """
 
+from . import score_mods
 from .functional import Gradients, attention, attention_backward, dropout_mask, merge_attention
+from .score_mods import ScoreMod, score_mod
 
 __version__ = "0.1.0"
 
-__all__ = ["Gradients", "attention", "attention_backward", "dropout_mask", "merge_attention"]
+__all__ = [
+    "Gradients",
+    "ScoreMod",
+    "attention",
+    "attention_backward",
+    "dropout_mask",
+    "merge_attention",
+    "score_mod",
+    "score_mods",
+]

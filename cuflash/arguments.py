@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from numbers import Real
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy
 
 from .arrays import ALIGNMENT, CPU, ArrayView
-from .problem import ITEMSIZE, Features, Problem
+from .expression import Expression
+from .problem import ITEMSIZE, CapturedArray, Features, Mod, Problem
 from .scores import NO_EXTRAS, Band, Extras, make_band
 from .tensor_map import STRIDE_LIMIT
 
@@ -36,6 +37,13 @@ LAYOUTS = ("bhsd", "bshd")
 PRECISIONS = (None, "ieee", "tf32")
 
 
+class ScoreModOption(NamedTuple):
+    """What of a ``score_mods.ScoreMod`` shapes a call: all but its arrays."""
+
+    expression: Expression
+    numbers: tuple[float, ...]
+
+
 class Options(NamedTuple):
     """The options that shape a call, as the user gave them; hashable, part of the cache key."""
 
@@ -48,6 +56,8 @@ class Options(NamedTuple):
     deterministic: Any = False
     softcap: Any = None
     dropout_p: Any = 0.0
+    #: An expression, and the numbers that it captures.
+    score_mod: ScoreModOption | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,9 @@ class Call:
     itemsizes: Extras = NO_EXTRAS
     #: The same of the gradients that are asked for, which are arrays in C order with the shapes of the extras.
     d_extras: Extras = NO_EXTRAS
+    #: The arrays that an expression captures, in its order; and whether gradients by them are asked for.
+    captured: tuple[CapturedArray, ...] = ()
+    d_captured: tuple[bool, ...] = ()
 
     @property
     def has_rows(self) -> bool:
@@ -99,14 +112,6 @@ class Call:
 
 
 # --- the public entry points of this module ---------------------------------------------------------------------
-
-
-def check_later_options(score_mod: Any) -> None:
-    """Raise NotImplementedError for an option of the interface that this version does not compute."""
-    if score_mod is not None:
-        raise NotImplementedError(
-            "score_mod: not implemented yet; softcap, bias, alibi_slopes and mask change scores in their ways"
-        )
 
 
 def check_seed(seed: Any, dropout_p: Any) -> int:
@@ -155,11 +160,12 @@ def forward(
     out: ArrayView | None,
     options: Options,
     extras: Extras = NO_EXTRAS,
+    captured: Sequence[ArrayView] = (),
 ) -> Call:
-    """Check a forward call. Operands: q, k, v, out; the extras are views, too."""
+    """Check a forward call. Operands: q, k, v, out; the extras, and what an expression captures, are views, too."""
     shapes = _check_inputs(q, k, v, options)
     out_axes = _allocated(shapes.out_shape, shapes) if out is None else _check_out(out, q, shapes)
-    return _call(shapes, [shapes.q, shapes.k, shapes.v, out_axes], options, q, extras)
+    return _call(shapes, [shapes.q, shapes.k, shapes.v, out_axes], options, q, extras, captured)
 
 
 def backward(
@@ -172,9 +178,11 @@ def backward(
     d_lse: ArrayView | None,
     options: Options,
     extras: Extras = NO_EXTRAS,
+    captured: Sequence[ArrayView] = (),
     wanted: Extras = NO_EXTRAS,
+    wanted_captured: Sequence[bool] = (),
 ) -> Call:
-    """Check a backward call. Operands: d_out, q, k, v, out, d_q, d_k, d_v; gradients of extras where ``wanted``."""
+    """Check a backward call. Operands: d_out, q, k, v, out, d_q, d_k, d_v; other gradients if ``wanted``."""
     shapes = _check_inputs(q, k, v, options)
     for view in (d_out, out):
         _check_like_q(view, q)
@@ -199,7 +207,13 @@ def backward(
         _axes(out, shapes.layout),
         *(_allocated(shape, shapes) for shape in gradient_shapes),
     ]
-    return _call(shapes, operands, options, q, extras, wanted, gradient_shapes)
+    call = _call(shapes, operands, options, q, extras, captured, wanted, gradient_shapes)
+    if call.problem.deterministic and call.device != CPU and any(wanted_captured):
+        raise NotImplementedError(
+            "deterministic: got True for the gradient by an array that score_mod captures, which a GPU sums in no "
+            "fixed order; wanted False, or arrays on the CPU"
+        )
+    return replace(call, d_captured=tuple(wanted_captured))
 
 
 def check_device(problem: Problem, compute_capability: int, device: int) -> None:
@@ -460,6 +474,7 @@ def _call(
     options: Options,
     q: ArrayView,
     extras: Extras,
+    captured: Sequence[ArrayView] = (),
     wanted: Extras = NO_EXTRAS,
     gradient_shapes: tuple[tuple[int, ...], ...] = (),
 ) -> Call:
@@ -524,7 +539,7 @@ def _call(
         head_dim_v=shapes.head_dim_v,
         scale=_check_scale(options.scale, shapes.head_dim),
         band=_check_band(options, shapes.seqlen_q, shapes.seqlen_k),
-        features=_check_features(options, extras, shapes, given.mask and given.mask[len(loop) :]),
+        features=_check_features(options, extras, shapes, given.mask and given.mask[len(loop) :], captured, q),
         precision=_check_precision(options.precision, shapes.dtype, shapes.device),
         deterministic=deterministic,
         vectorized=is_vectorized,
@@ -543,6 +558,7 @@ def _call(
         extras=given,
         itemsizes=itemsizes,
         d_extras=gradients,
+        captured=tuple(CapturedArray(view.shape, view.strides, view.itemsize) for view in captured),
     )
 
 
@@ -635,8 +651,22 @@ def _collapse(
 # --- options ----------------------------------------------------------------------------------------------------
 
 
-def _check_features(options: Options, extras: Extras, shapes: _Shapes, mask: tuple[int, ...] | None) -> Features:
+def _check_features(
+    options: Options,
+    extras: Extras,
+    shapes: _Shapes,
+    mask: tuple[int, ...] | None,
+    captured: Sequence[ArrayView],
+    q: ArrayView,
+) -> Features:
     """What the call does to its scores; `mask` are the strides of the mask, from the batch on."""
+    mod = None
+    if options.score_mod is not None:
+        for view in captured:
+            _check_device(view, q)
+        names = (name for name, found in options.score_mod.expression.captures.items() if found.num_axes is not None)
+        dtypes = tuple((name, view.dtype) for name, view in zip(names, captured, strict=True))
+        mod = Mod(options.score_mod.expression, dtypes)
     dtypes = extras.map(lambda view: view.dtype)
     q_offset = 0
     if extras.alibi_slopes is not None:
@@ -645,6 +675,8 @@ def _check_features(options: Options, extras: Extras, shapes: _Shapes, mask: tup
         )
     return Features(
         softcap=_check_softcap(options.softcap),
+        mod=mod,
+        mod_numbers=() if options.score_mod is None else options.score_mod.numbers,
         mask=None if mask is None else (mask[0] != 0, mask[1] != 0, mask[2] != 0, mask[3] != 0),
         bias=dtypes.bias,
         alibi_slopes=dtypes.alibi_slopes,

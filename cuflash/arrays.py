@@ -116,11 +116,11 @@ class Framework(ABC):
         """A fresh seed from the framework's own generator, on the device of `array`; None if calls draw from none."""
         return None
 
-    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Any, seed: Any) -> tuple[Any, Any]:
+    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...], *rest: Any) -> tuple[Any, Any]:
         """``functional.forward``, recorded; asked for only where ``records`` says so."""
         raise NotImplementedError(f"{self.name} arrays do not record")
 
-    def attention_backward(self, *arguments: Any) -> tuple[Any, ...]:
+    def attention_backward(self, *arguments: Any) -> Any:
         """``functional.backward``, recorded."""
         raise NotImplementedError(f"{self.name} arrays do not record")
 

@@ -21,7 +21,9 @@ from typing import Any
 
 from . import environment
 from .configs import Config
-from .params import layout_assertions
+from .expression import to_cuda
+from .params import layout_assertions, sums_of_mod
+from .problem import Mod
 
 logger = logging.getLogger("cuflash")
 
@@ -62,16 +64,88 @@ def source(config: Config) -> str:
             f"// headers {header_hash()}",
             f'#include "{config.header}"',
             f"constexpr {type(config).__name__} kConfig{config.cpp.removeprefix(type(config).__name__)};",
-            *layout_assertions(config.params),
+            *([] if config.mod is None else _score_mod(config.params, config.mod)),
+            *layout_assertions(config.params, config.mod),
             *_size_assertions(config),
             f'extern "C" __global__ void __launch_bounds__({config.threads}, {config.min_blocks})',
-            f"{config.name}(const __grid_constant__ {config.params} params) {{",
+            f"{config.name}(const __grid_constant__ {params_type(config)} params) {{",
             "    extern __shared__ __align__(1024) char smem[];",
             f"    {config.function}<kConfig>(params, smem_address(smem));",
             "}",
             "",
         )
     )
+
+
+def params_type(config: Config) -> str:
+    """Type of the kernel's parameter."""
+    return config.params if config.mod is None else "Params"
+
+
+#: How C++ reads elements of captured arrays, by their dtypes.
+_REAL = {"float16": "kF16", "bfloat16": "kBF16", "float32": "kF32", "float64": "kF64"}
+_INTEGER = {
+    "bool": "unsigned char", "uint8": "unsigned char", "int8": "signed char", "int16": "short", "int32": "i32",
+    "int64": "i64",
+}  # fmt: skip
+
+
+def _score_mod(params: str, mod: Mod) -> list[str]:
+    """C++ of ``ScoreMod`` (``attention/score_mod.cuh``) for an expression, whose captures are numbered."""
+    captures, dtypes = mod.expression.captures, dict(mod.dtypes)
+    names = {name: f"captured_{index}" for index, name in enumerate(captures)}
+    members, readers = [], []
+    for name, found in captures.items():
+        own = names[name]
+        if found.num_axes is None:
+            members.append(f"{'double' if found.is_real else 'i32'} {own};")
+            readers.append(f"auto const {own} = static_cast<{'Acc' if found.is_real else 'int'}>(params.{own});")
+            continue
+        members.append(f"CapturedArray<{found.num_axes}> {own};")
+        dtype = dtypes[name]
+        read = f"real<Dtype::{_REAL[dtype]}, Acc>" if found.is_real else f"integer<{_INTEGER[dtype]}>"
+        readers.append(f"auto const {own} = [&](auto... i) {{ return params.{own}.template {read}(i...); }};")
+    members += [f"char* {own};" for own in sums_of_mod(mod)]
+    program = to_cuda(mod.expression, names)
+    statements = [
+        "        auto const [b, h, h_kv, q_idx, k_idx, seqlen_q, seqlen_k, q_real, k_real] = pair;",
+        *(f"        {line}" for line in (*readers, *program.statements.splitlines())),
+    ]
+    gradients = [
+        (f"params.sums_{list(captures).index(name)}", names[name], places, derivative)
+        for name, places, derivative in program.reads
+        if captures[name].is_real
+    ]
+    given = "Params const& params, Acc score, PairIndices<Acc> const& pair"
+    return [
+        "template <>",
+        "struct ScoreMod<kConfig.score> {",
+        "    struct Params {",
+        "        i32 seqlen_q, seqlen_k, first_key;",
+        *(f"        {member}" for member in members),
+        "    };",
+        "    template <class Math, class Acc>",
+        f"    __device__ static void evaluate({given}, Acc& changed, Acc& by_score) {{",
+        *statements,
+        f"        changed = {program.score};",
+        f"        by_score = {program.by_score};",
+        "    }",
+        f"    static constexpr int kReads = {len(gradients)};",
+        "    template <class Math, class Acc, class Add>",
+        f"    __device__ static void for_each_read({given}, Add add) {{",
+        *statements,
+        *(
+            f"        add(Constant<{number}>{{}}, {sums}, params.{own}.number({', '.join(places)}), {derivative});"
+            for number, (sums, own, places, derivative) in enumerate(gradients)
+        ),
+        "    }",
+        "    template <class Use>",
+        "    __device__ static void for_each_sum(Params const& params, Use use) {",
+        *(f"        use(Constant<{number}>{{}}, {sums});" for number, (sums, *_) in enumerate(gradients)),
+        "    }",
+        "};",
+        f"using Params = ParamsOf<kConfig.score, {params}>;",
+    ]
 
 
 def _size_assertions(config: Config) -> list[str]:

@@ -7,11 +7,12 @@ kernel. What is not a field (lengths, strides, scale, window) is a run-time para
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import ClassVar
 
-from .problem import ITEMSIZE, Features
+from .problem import ITEMSIZE, Features, Mod
 
 #: (head_dim, head_dim_v) that have kernels; others are padded inside the kernel to the next pair.
 HEAD_DIM_PAIRS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -23,7 +24,7 @@ SMEM_PER_BLOCK = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100
 _MMA_CPP = {"f16": "kF16", "bf16": "kBF16", "f16_turing": "kF16Turing", "tf32": "kTF32", "tf32x3": "kTF32x3"}
 _COPY_CPP = {"tma": "kTma", "async": "kAsync", "vector": "kVector", "element": "kElement"}
 _DTYPE_CPP = {"float16": "kF16", "bfloat16": "kBF16", "float32": "kF32", "float64": "kF64"}
-_STEP_CPP = {"delta": "kDelta", "dkdv": "kDKDV", "dq": "kDQ"}
+_STEP_CPP = {"delta": "kDelta", "dkdv": "kDKDV", "dq": "kDQ", "captured": "kCaptured"}
 _ENUMS = {
     "mma": ("Mma", _MMA_CPP),
     "copy": ("Copy", _COPY_CPP),
@@ -89,6 +90,12 @@ class Config:
         return 32 * self.num_warps
 
     @property
+    def mod(self) -> Mod | None:
+        """The expression by which scores are changed, if there is one."""
+        score: ScoreConfig | None = getattr(self, "score", None)
+        return None if score is None else score.mod
+
+    @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         raise NotImplementedError
@@ -127,6 +134,7 @@ class ScoreConfig:
     """What is done to scores and weights beside scaling: ``attention/score.cuh``."""
 
     softcap: bool = False
+    mod: Mod | None = None
     mask: bool = False
     bias: str | None = None
     alibi: bool = False
@@ -139,6 +147,7 @@ class ScoreConfig:
         f = features
         return cls(
             f.softcap is not None,
+            f.mod,
             f.mask is not None,
             f.bias,
             f.alibi_slopes is not None,
@@ -151,16 +160,29 @@ class ScoreConfig:
         return self != ScoreConfig()
 
     @property
+    def bends(self) -> bool:
+        """Whether derivatives of scores by q.k are not all the scale."""
+        return self.softcap or self.mod is not None
+
+    @property
     def name(self) -> str:
         """Part of a kernel's name; empty where nothing is done."""
         names = [name for name in ("softcap", "mask", "alibi", "sinks", "dropout") if getattr(self, name)]
-        return "".join(f"_{name}" for name in ([f"bias_{self.bias}"] if self.bias else []) + names)
+        first = [f"mod_{_digest(self.mod)}"] if self.mod else []
+        first += [f"bias_{self.bias}"] if self.bias else []
+        return "".join(f"_{name}" for name in first + names)
 
     @property
     def cpp(self) -> str:
         flags = {field.name: str(getattr(self, field.name)).lower() for field in fields(self)}
+        flags["mod"] = str(self.mod is not None).lower()
         flags["bias"] = f"Bias::{_DTYPE_CPP[self.bias] if self.bias else 'kNone'}"
         return f"{{{', '.join(f'.{name} = {value}' for name, value in flags.items())}}}"
+
+
+def _digest(mod: Mod) -> str:
+    text = repr((mod.expression.text, list(mod.expression.captures.items()), mod.dtypes))
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +316,7 @@ class BackwardMmaConfig(TileConfig):
     def smem_bytes(self) -> int:
         row = self.head_dim + self.head_dim_v
         stage = self.block_m * row + self.block_n * self.block_m  # Q, dO and dS
-        handed_over = 2 if self.score.softcap else 1  # P, and the derivative of the scores
+        handed_over = 2 if self.score.bends else 1  # P, and the derivative of the scores
         elems = self.block_n * row + handed_over * self.block_n * self.block_m + self.num_stages * stage
         return elems * self.elem_bytes + self.num_stages * 2 * self.block_m * 4
 
@@ -363,7 +385,7 @@ class BackwardWgmmaConfig(TileConfig):
         columns, columns_v = (ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
         elems = (self.kv_stages * self.block_n + self.num_stages * self.block_m) * (columns + columns_v)
         # dS twice, and P where others need it, with the derivative of the scores if there is one.
-        elems += (2 + (1 + self.score.softcap) * self.by_role) * self.block_m * self.block_n
+        elems += (2 + (1 + self.score.bends) * self.by_role) * self.block_m * self.block_n
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
         barriers = 5 + 3 * self.kv_stages + 3 * self.num_stages
         return 2 * elems + stats + 32 * self.num_stages + 4 * 48 + 16 + 8 * barriers
@@ -457,6 +479,37 @@ class BackwardSinksConfig(Config):
     @property
     def name(self) -> str:
         return f"attention_backward_sinks_{self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardCapturedConfig(TileConfig):
+    """``backward_captured.cuh``, after a main kernel with parameters of that name."""
+
+    main_params: str
+    min_blocks: int = 1
+    score: ScoreConfig = ScoreConfig()
+
+    header: ClassVar[str] = "backward_captured.cuh"
+    function: ClassVar[str] = "backward_captured"
+    tiles: ClassVar[str] = "BackwardCapturedTiles"
+    host_fields: ClassVar[frozenset[str]] = TileConfig.host_fields | {"main_params"}
+
+    @property
+    def params(self) -> str:  # type: ignore[override]
+        return self.main_params
+
+    @property
+    def num_warps(self) -> int:  # type: ignore[override]
+        return self.block_m // 16
+
+    @property
+    def smem_bytes(self) -> int:
+        return (self.block_m + self.block_n) * (self.head_dim + self.head_dim_v) * self.elem_bytes
+
+    @property
+    def name(self) -> str:
+        of_main = self.main_params.removeprefix("Backward").removesuffix("Params").lower()
+        return f"{self.tile_name}_{self.copy}{f'_{of_main}' if of_main else ''}{self.score.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -561,7 +614,7 @@ class ForwardSimtConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class BackwardSimtConfig(Config):
-    """``backward_simt.cuh``: one of its three kernels, which run in the order delta, dkdv, dq."""
+    """``backward_simt.cuh``: one of its kernels, which run in the order delta, dkdv, dq, captured."""
 
     step: str
     dtype: str
@@ -581,7 +634,7 @@ class BackwardSimtConfig(Config):
     def smem_bytes(self) -> int:
         if self.step == "delta":
             return 0
-        rows, cols = (self.block_m, self.block_n) if self.step == "dq" else (self.block_n, self.block_m)
+        rows, cols = (self.block_n, self.block_m) if self.step == "dkdv" else (self.block_m, self.block_n)
         return _block_gemm_bytes(self.dtype, rows, cols, self.columns)
 
     @property
@@ -789,7 +842,7 @@ _FORWARD_WGMMA_UNMASKED = _FORWARD_WGMMA_SCORES | {
 def _forward_wgmma_table(score: ScoreConfig) -> dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]]:
     if not score.any():
         return _FORWARD_WGMMA
-    if score.bias:
+    if score.bias or (score.mod and score.mod.expression.differs_by_pair):
         return _FORWARD_WGMMA_BIAS
     return _FORWARD_WGMMA_SCORES if score.mask else _FORWARD_WGMMA_UNMASKED
 
@@ -971,7 +1024,7 @@ _BACKWARD_WGMMA_SCORES: dict[tuple[int, int], tuple[int, int, int, int]] = {
     (192, 192): (64, 64, 1, 2),
     (256, 256): (48, 64, 1, 2),
 }
-# Exceptions, by head dims, softcap and mask: derivatives of softcap take registers, too, and blocks that a mask hides
+# Exceptions, by head dims, derivatives and mask: derivatives take registers, too, and blocks that a mask hides
 # are those of powers of two.
 _BACKWARD_WGMMA_SCORES_BY_OPTION: dict[tuple[int, int, bool, bool], tuple[int, int, int, int]] = {
     (64, 64, True, True): (64, 64, 1, 2),
@@ -989,7 +1042,7 @@ def backward_wgmma_config(
     """The row of the table; `head_dim`s are padded ones."""
     if score.any():
         dims = max((head_dim, head_dim_v), (64, 64))
-        by_option = (*dims, score.softcap, score.mask)
+        by_option = (*dims, score.bends, score.mask)
         tile = _BACKWARD_WGMMA_SCORES_BY_OPTION.get(by_option, _BACKWARD_WGMMA_SCORES[dims])
         return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
     row = _BACKWARD_WGMMA[head_dim, head_dim_v]
@@ -1011,6 +1064,27 @@ def backward_companions(
             main.mma, copy, main.head_dim, main.block_m, num_warps, dq_warps_m, reduce_width, main.dq_transposed
         ),
     )
+
+
+#: Query rows and keys of a tile, the largest first.
+_CAPTURED_TILES = ((64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+
+
+def backward_captured_config(main: BackwardMmaConfig | BackwardWgmmaConfig, arch: int) -> BackwardCapturedConfig:
+    """The largest tile that fits."""
+    copy = _copy(arch, main.copy != "element")
+    choices = (
+        BackwardCapturedConfig(
+            main.mma, copy, main.head_dim, main.head_dim_v, *tile, main_params=main.params, score=main.score
+        )
+        for tile in _CAPTURED_TILES[arch < 80 :]  # before sm_80 products take more registers
+    )
+    return next(config for config in choices if config.smem_bytes <= smem_limit(arch))
+
+
+def backward_simt_captured_config(dtype: str, score: ScoreConfig) -> BackwardSimtConfig:
+    """The same on plain arithmetic, which sums no columns."""
+    return replace(backward_simt_configs(dtype, 64, 64)[2], step="captured", score=score, min_blocks=1)
 
 
 def mask_blocks_config(main: TileConfig) -> MaskBlocksConfig:
@@ -1063,9 +1137,28 @@ def score_configs(arch: int) -> list[Config]:
     return list(dict.fromkeys(_score_configs(arch)))
 
 
+def mod_configs(arch: int, mod: Mod) -> list[Config]:
+    """Those for calls with an expression, alone, of a head_dim or two per kernel."""
+    score = ScoreConfig(mod=mod)
+    backward = [replace(config, score=score) for config in backward_simt_configs("float64", 64, 64)[1:]]
+    chosen: list[Config] = [replace(forward_simt_config("float64", 64), score=score), *backward]
+    chosen.append(backward_simt_captured_config("float64", score))
+    for dtype in ("float16", "float32"):
+        if (mma := mma_of(dtype, "ieee", arch)) is None:
+            continue
+        for dims in ((64, 64), (128, 128)) if dtype == "float16" else ((64, 64),):
+            main: BackwardMmaConfig | BackwardWgmmaConfig = backward_mma_config(mma, arch, *dims, True, False, score)
+            chosen += [forward_mma_config(mma, arch, *dims, True, score), main, backward_captured_config(main, arch)]
+            if has_wgmma(mma, arch):
+                chosen += [row for row, _ in forward_wgmma_configs(mma, *dims, True, score)]
+                main = backward_wgmma_config(mma, *dims, False, score)
+                chosen += [main, backward_captured_config(main, arch)]
+    return chosen
+
+
 def _score_configs(arch: int) -> Iterator[Config]:
     for dtype in ITEMSIZE:
-        every = ScoreConfig(True, True, dtype, True, True, True)
+        every = ScoreConfig(True, None, True, dtype, True, True, True)
         if dtype == "float64":
             yield replace(forward_simt_config(dtype, 64), score=every)
             yield from (replace(config, score=every) for config in backward_simt_configs(dtype, 64, 64)[1:])
@@ -1073,7 +1166,7 @@ def _score_configs(arch: int) -> Iterator[Config]:
         mma = mma_of(dtype, "ieee", arch)
         if mma is None or (dtype == "bfloat16" and arch != 90):
             continue
-        alone = [replace(ScoreConfig(), **{name: value}) for name, value in asdict(every).items()]
+        alone = [replace(ScoreConfig(), **{name: value}) for name, value in asdict(every).items() if value]
         has_all = dtype == "float16" and arch in (75, 80, 90)
         for dims in HEAD_DIM_PAIRS if has_all else ((64, 64), (128, 128)):
             for score in (every, *(alone if has_all and arch == 90 and dims == (64, 64) else ())):

@@ -32,7 +32,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ import numpy as np
 import numpy.linalg._umath_linalg
 
 from . import environment, rng
+from .expression import Evaluated, evaluate, flat_index
 from .scores import Band, Score
 
 Array = np.ndarray
@@ -75,6 +76,8 @@ MAX_HEADS = 4
 MAX_PARTS, MIN_PART = 8, 1024
 #: Queries whose part of a tile of bias or mask is transposed at a time.
 STRIP = 64
+#: Keys of a tile of the forward for which an expression is evaluated at a time.
+EVALUATED = 128
 #: Order of (heads_kv, member of the group, query, key) in the tiles of scores of the forward and of the backward.
 FORWARD_AXES, BACKWARD_AXES = (0, 3, 2, 1), (0, 2, 1, 3)
 #: Bytes of a cache line, and of the widest vector register.
@@ -129,7 +132,8 @@ def forward(
     score : Score
         What else is done to scores and weights. Its bias and mask are views (batch, num_heads, seqlen_q, seqlen_k)
         with any strides, 0 where they are broadcast; its slopes (batch, num_heads), its sinks (num_heads,). The bias
-        may be -inf, which hides a pair like the mask.
+        may be -inf, which hides a pair like the mask. What its expression captures are arrays of any strides, and
+        numbers.
     """
     batch, num_heads, seqlen_q, _ = out.shape
     heads_kv, seqlen_k = k.shape[1:3]
@@ -144,13 +148,14 @@ def forward(
     if not band.is_open:
         num_tiles = heads_kv * _ceil_div(group, group_step) * _ceil_div(seqlen_q, q_step)
         heads_step = max(heads_step, min(num_tiles // MIN_TASKS, MAX_HEADS))
+    lengths = seqlen_q, seqlen_k
     is_bounded = score.is_plain and seqlen_q * group >= MIN_ROWS_TO_BOUND
     norms = _key_norms(k) if is_bounded else np.full((batch, heads_kv), np.inf)
-    options = _grouped_score(score, heads_kv)
 
     # Scratch is each thread's own, and there are few shapes: full tiles, and what is left over at the ends.
     scratch = threading.local()
     dtype = _compute_dtype(q)
+    options = _grouped_score(score, heads_kv, dtype)
 
     def task(b: int, heads: slice, members: slice, tile: slice) -> None:
         tile_q, tile_out = q[b, heads, members, tile], out[b, heads, members, tile]
@@ -169,7 +174,7 @@ def forward(
             _moved(band, tile.start),
             scale,
             float(norms[b, heads].max()),
-            None if score.is_plain else _Scores(options, place, group, FORWARD_AXES, dtype),
+            None if score.is_plain else _Scores(options, place, lengths, group, FORWARD_AXES, dtype),
         )
 
     # Tiles of the same heads follow one another, since they read the same keys. Those with the most keys come first,
@@ -205,6 +210,7 @@ def backward(
     d_bias: Array | None = None,
     d_alibi_slopes: Array | None = None,
     d_sinks: Array | None = None,
+    d_captured: Mapping[str, Array] | None = None,
 ) -> None:
     """Write the gradients of ``forward`` to ``d_q``, ``d_k`` and ``d_v``, all elements of them.
 
@@ -224,6 +230,8 @@ def backward(
         An axis of size 1 receives the sum over that axis. float64 for inputs of float64, else float32, as are the next.
     d_alibi_slopes : array (batch or 1, num_heads), or None, added to
     d_sinks : array (num_heads,), or None, added to
+    d_captured : arrays like those that the expression captures, by their names, or None, added to
+        Real arrays that are not named have no gradient.
     """
     batch, heads_kv, seqlen_k, _ = k.shape
     if d_sinks is not None:
@@ -234,14 +242,14 @@ def backward(
         return
     d_out, q, out, lse, d_q = (_grouped(x, heads_kv) for x in (d_out, q, out, lse, d_q))
     d_lse = None if d_lse is None else _grouped(d_lse, heads_kv)
-    options = _grouped_score(score, heads_kv)
+    dtype = _compute_dtype(q)
+    options = _grouped_score(score, heads_kv, dtype)
     d_bias, d_slopes = (None if x is None else _grouped_or_one(x, heads_kv) for x in (d_bias, d_alibi_slopes))
     group, seqlen_q = q.shape[2:4]
     num_parts = min(_ceil_div(MIN_TASKS, batch * heads_kv), MAX_PARTS, max(seqlen_k // MIN_PART, 1))
     parts = _key_parts(band, seqlen_q, seqlen_k, num_parts)
 
     every_member = slice(0, group)
-    dtype = _compute_dtype(q)
     lines: dict[tuple[Any, ...], _Turn] = {}
 
     def share(name: str, gradient: Array | None, place: _Place) -> _Share | None:
@@ -254,16 +262,33 @@ def backward(
         lines[line] = turn = _Turn(lines.get(line))
         return _Share(_piece(gradient, slice(b, b + 1), *where)[0], turn, dtype)
 
-    def task(place: _Place, d_q_sum: _SumInOrder, d_bias: _Share | None, d_slopes: _Share | None) -> None:
+    def captured_shares() -> dict[str, _CapturedShare]:
+        # Who reads which elements is not known before, so all tasks are in one line.
+        shares = {}
+        for name, gradient in (d_captured or {}).items():
+            lines["captured", name] = turn = _Turn(lines.get(("captured", name)))
+            shares[name] = _CapturedShare(gradient, turn)
+        return shares
+
+    def task(
+        place: _Place,
+        d_q_sum: _SumInOrder,
+        d_bias: _Share | None,
+        d_slopes: _Share | None,
+        d_captured: dict[str, _CapturedShare],
+    ) -> None:
         b, heads, _, queries, part = place
         d_out_part, q_part, out_part, lse_part = (x[b, heads, :, queries] for x in (d_out, q, out, lse))
         d_lse_part = None if d_lse is None else d_lse[b, heads, :, queries]
         num_keys = part.stop - part.start
         with ExitStack() as shares:
-            for one in (d_bias, d_slopes):
+            for one in (d_bias, d_slopes, *d_captured.values()):
                 if one is not None:
                     shares.enter_context(one)
-            scores = None if score.is_plain else _Scores(options, place, group, BACKWARD_AXES, dtype, d_bias, d_slopes)
+            scores = None
+            if not score.is_plain:
+                gradients = d_bias, d_slopes, d_captured
+                scores = _Scores(options, place, (seqlen_q, seqlen_k), group, BACKWARD_AXES, dtype, *gradients)
             scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, num_keys, scores)
             for keys in _slices(num_keys, BACKWARD_N):
                 start = part.start + keys.start
@@ -279,7 +304,7 @@ def backward(
             for part in parts:
                 queries = slice(*band.query_range(part.start, part.stop, seqlen_q))
                 place = _Place(b, heads, every_member, queries, part)
-                shares = share("bias", d_bias, place), share("slopes", d_slopes, place)
+                shares = share("bias", d_bias, place), share("slopes", d_slopes, place), captured_shares()
                 tasks.append(functools.partial(task, place, d_q_sum, *shares))
     _run(tasks)
 
@@ -436,11 +461,11 @@ class _ForwardTile:
                     tile = scores.tile(heads, slice(start // group, stop // group), keys, hidden)
                     if tile is None:
                         continue
-                    hidden = tile.hidden
                 set_scores(_operand(k[heads, keys], dtype))
                 if tile is not None:
                     tile.change(weights)
                     tile.hide(weights)
+                    hidden = tile.hidden
                 elif edge is not None:
                     np.copyto(weights, -np.inf, where=edge.in_panels)
                 new_max = np.maximum(row_max, weights.max(axis=2, keepdims=True))
@@ -587,13 +612,13 @@ class _BackwardPart:
                 )
                 if tile is None:
                     continue
-                hidden = tile.hidden
             staged = self.staged[:, :, rows]
             set_scores(staged)
             if tile is not None:
                 tile.change(weights)
                 weights += self.addends[0, :, rows]
                 tile.hide(weights)
+                hidden = tile.hidden
             if tile is not None or not min_exponent > smallest:
                 np.maximum(weights, smallest, out=weights)
             exp(weights, out=weights)
@@ -636,14 +661,17 @@ class _Scores:
         self,
         options: Score,
         place: _Place,
+        lengths: tuple[int, int],
         group: int,
         axes: tuple[int, ...],
         dtype: np.dtype,
         d_bias: _Share | None = None,
         d_slopes: _Share | None = None,
+        d_captured: Mapping[str, _CapturedShare] | None = None,
     ) -> None:
         """Take the options from ``_grouped_score``, and the order of (heads_kv, member, query, key) in tiles."""
         b, *where = place
+        self.lengths = lengths
         self.options, self.place, self.group, self.axes, self.dtype = options, place, group, axes, dtype
         self.is_forward = axes == FORWARD_AXES
         self.group_here = place.members.stop - place.members.start
@@ -654,7 +682,7 @@ class _Scores:
         self.sinks = None if options.sinks is None else options.sinks[place.heads, place.members].astype(dtype)
         #: What dropout divides the weights that it keeps by.
         self.kept_share = 1 - options.dropout_p
-        self.d_bias, self.d_slopes = d_bias, d_slopes
+        self.d_bias, self.d_slopes, self.d_captured = d_bias, d_slopes, d_captured or {}
 
     def tile(self, heads: slice, queries: slice, keys: slice, hidden: Array | None) -> _ScoreTile | None:
         """What is done to a tile of whose pairs the band hides some; None where nothing of it is visible.
@@ -707,6 +735,22 @@ class _Scores:
         diagonals = np.arange(first_key - last, first_key - last + queries.stop - queries.start + num_keys - 1)
         return np.lib.stride_tricks.sliding_window_view(np.abs(diagonals).astype(self.dtype), num_keys)[::-1]
 
+    def modified(self, scores: Array, heads: slice, queries: slice, keys: slice) -> Evaluated:
+        """What the expression makes of a tile of scores."""
+        mod = self.options.mod
+        assert mod is not None
+        starts = self.place.heads.start, self.place.members.start, self.place.queries.start, self.place.keys.start
+        where = heads, slice(0, self.group_here), queries, keys
+        h_kv, member, q_idx, k_idx = (
+            np.arange(at.start + start, at.stop + start).reshape(np.where(np.equal(self.axes, axis), -1, 1))
+            for axis, (at, start) in enumerate(zip(where, starts, strict=True))
+        )
+        indices = {
+            "b": self.options.first_batch + self.place.b, "h": h_kv * self.group + member, "h_kv": h_kv,
+            "q_idx": q_idx, "k_idx": k_idx, "seqlen_q": self.lengths[0], "seqlen_k": self.lengths[1],
+        }  # fmt: skip
+        return evaluate(mod.expression, scores, indices, mod.values, derivatives=not self.is_forward)
+
     def kept(self, heads: slice, queries: slice, keys: slice) -> Array:
         """Which weights of a tile dropout keeps, (heads_kv, member, queries, keys)."""
         first = [at.start for at in self.place[1:]]
@@ -731,8 +775,9 @@ class _ScoreTile:
         bias: Array | None,
     ) -> None:
         self.scores, self.where, self.shape, self.bias = scores, where, shape, bias
-        #: Pairs that nobody sees, with or without an axis of heads in front.
+        #: Pairs that nobody sees, with or without an axis of heads in front; complete after ``change``.
         self.hidden = hidden
+        self.modified: Evaluated | None = None
         self.softcap = scores.options.softcap
         self.slopes = self.distances = None
         self.tanh: Array | None = None
@@ -751,6 +796,22 @@ class _ScoreTile:
             if not self.scores.is_forward:
                 self.tanh = scores.copy()
             scores *= self.softcap
+        if self.scores.options.mod is not None:
+            heads, _, queries, keys = self.where
+            if self.scores.is_forward:
+                # Strip by strip: what is computed on the way stays in the cache.
+                for strip in _slices(scores.shape[1], EVALUATED):
+                    here = slice(keys.start + strip.start, keys.start + strip.stop)
+                    scores[:, strip] = self.scores.modified(scores[:, strip], heads, queries, here).score
+            else:
+                self.modified = self.scores.modified(scores, heads, queries, keys)
+                scores[...] = self.modified.score
+            lowest = scores == -np.inf
+            if lowest.any():
+                sizes = lowest.shape
+                rows_and_keys = (sizes[1], -1) if self.scores.is_forward else (-1, sizes[3])
+                lowest = lowest.reshape(sizes[0], *rows_and_keys)
+                self.hidden = lowest if self.hidden is None else lowest | self.hidden
         if self.bias is not None:
             scores += self.scores.laid_out(self.bias)
         if self.slopes is not None and self.distances is not None:
@@ -786,12 +847,23 @@ class _ScoreTile:
             self.scores.d_bias.add(self.where, by_head)
         if self.scores.d_slopes is not None and self.distances is not None:
             self.scores.d_slopes.add(self.where, -(by_head * self.distances).sum(axis=(2, 3)))
+        if self.modified is not None:
+            for name, places, partial in self.modified.reads:
+                if name in self.scores.d_captured:
+                    product = np.multiply(d_scores, partial, out=np.empty_like(d_scores))
+                    self.scores.d_captured[name].add_at(places, self._cleared(product))
+            d_scores *= self.modified.by_score
         if self.tanh is not None:
             self.tanh *= self.tanh
             d_scores *= np.subtract(1, self.tanh, out=self.tanh)
-            if self.hidden is not None:  # scores that nobody sees may be no numbers
-                d_scores = d_scores.reshape(-1, *self.hidden.shape[-2:])
-                np.copyto(d_scores, 0, where=self.hidden)
+        if self.modified is not None or self.tanh is not None:
+            self._cleared(d_scores)
+
+    def _cleared(self, d_scores: Array) -> Array:
+        """The gradients with 0 for what nobody sees: neither scores nor derivatives need be numbers there."""
+        if self.hidden is not None:
+            np.copyto(d_scores.reshape(-1, *self.hidden.shape[-2:]), 0, where=self.hidden)
+        return d_scores
 
 
 class _Turn:
@@ -857,9 +929,40 @@ class _Share:
         try:
             if error is None and self.own is not None:
                 with self.turn:
-                    self.target += self.own
+                    self._add_own(self.own)
         finally:
             self.turn.end()
+
+    def _add_own(self, own: Array) -> None:
+        self.target += own
+
+
+class _CapturedShare(_Share):
+    """What one task adds to the gradient of a captured array; which elements these are, the expression says."""
+
+    def __init__(self, target: Array, turn: _Turn) -> None:
+        # One element may be a sum over all pairs, which float32 would lose.
+        super().__init__(target, turn, np.dtype(np.float64))
+        self.adds_once = True
+        #: Holds all elements that are not 0: memory of zeros that nobody touches costs nothing.
+        self.box: list[slice] | None = None
+
+    def add_at(self, places: tuple[Array, ...], summand: Array) -> None:
+        """Take the summand of a tile, for the element that each place of it has read."""
+        assert self.own is not None
+        box = [slice(int(place.min()), int(place.max()) + 1) for place in places]
+        pairs = zip(box, self.box or box, strict=True)
+        self.box = [slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in pairs]
+        number = np.zeros((1,) * summand.ndim, np.int64) + flat_index(places, self.target.shape)
+        # Those who read the same element by the same index are summed up first, which is many times faster.
+        together = tuple(axis for axis, size in enumerate(number.shape) if size == 1)
+        summand = summand.sum(axis=together, keepdims=True)
+        # Flat, as this is many times faster, too.
+        np.add.at(self.own.reshape(-1), number.reshape(-1), summand.reshape(-1).astype(self.dtype))
+
+    def _add_own(self, own: Array) -> None:
+        if self.box is not None:
+            self.target[*self.box] += own[*self.box]
 
 
 class _SumInOrder:
@@ -1101,8 +1204,11 @@ def _grouped_or_one(x: Array, heads_kv: int) -> Array:
     return x[:, :, None] if x.shape[1] == 1 else _grouped(x, heads_kv)
 
 
-def _grouped_score(score: Score, heads_kv: int) -> Score:
-    """Views of the arrays of a score as (batch, heads_kv, group, ...), of length 1 where they are broadcast."""
+def _grouped_score(score: Score, heads_kv: int, dtype: np.dtype) -> Score:
+    """Views of the arrays of a score as (batch, heads_kv, group, ...), of length 1 where they are broadcast.
+
+    What the expression captures is in the dtype of scores then.
+    """
     arrays: dict[str, Any] = {}
     for name in ("bias", "mask", "alibi_slopes"):
         if (x := getattr(score, name)) is not None:
@@ -1110,6 +1216,8 @@ def _grouped_score(score: Score, heads_kv: int) -> Score:
             arrays[name] = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
     if score.sinks is not None:
         arrays["sinks"] = score.sinks.reshape(heads_kv, -1)
+    if score.mod is not None:
+        arrays["mod"] = score.mod.with_reals_in(dtype)
     return score._replace(**arrays)
 
 

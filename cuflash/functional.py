@@ -19,7 +19,9 @@ from numpy.lib.stride_tricks import as_strided
 from . import arguments, arrays, cpu, rng
 from .arguments import Call, Options
 from .arrays import CPU, Framework
+from .expression import Bound
 from .problem import ITEMSIZE, Features
+from .score_mods import ScoreMod
 from .scores import NO_EXTRAS, Extras, Score
 
 #: Prepared calls kept per framework; all are dropped when there are more.
@@ -35,6 +37,8 @@ class Gradients(NamedTuple):
     d_bias: Any = None
     d_sinks: Any = None
     d_alibi_slopes: Any = None
+    #: Of what score_mod captures the arrays of real numbers, by their names.
+    d_captured: Any = None
 
 
 def attention(
@@ -51,7 +55,7 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
-    score_mod: None = None,
+    score_mod: ScoreMod | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
     layout: str = "bhsd",
@@ -104,8 +108,8 @@ def attention(
     sinks : array of floats, shape (heads,), optional
         One more logit per row, of a key whose value is 0: it takes part in the softmax and in the LSE. A query that
         sees no key has then out 0 and the sink as LSE.
-    score_mod : None
-        Not implemented yet; anything but None raises NotImplementedError.
+    score_mod : ScoreMod, optional
+        What ``cuflash.score_mod`` makes of an expression: changes scores after `softcap`, before everything else.
     dropout_p : float, default 0.0
         Probability in [0, 1) with which a weight becomes 0 after the softmax; the others are multiplied by
         ``1 / (1 - dropout_p)``. The LSE is that without dropout.
@@ -143,8 +147,6 @@ def attention(
     ValueError
         For shapes that do not go together, mixed devices, a last axis that is not contiguous, option values
         out of range.
-    NotImplementedError
-        For options that are not implemented yet.
     ImportError
         For arrays on a GPU without CuPy, or bfloat16 on the CPU without ml_dtypes; the message says what to install.
     RuntimeError
@@ -197,19 +199,19 @@ def attention(
     if out is not None:
         arrays.framework_of(q=q, out=out)
     extras = _extras(mask, bias, alibi_slopes, sinks, q)
-    arguments.check_later_options(score_mod)
-    options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p)
+    mod, captured = (None, ()) if score_mod is None else _take_apart(score_mod, q)
+    options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p, mod)
     if dropout_p != 0.0 or seed is not None:
         drawn = framework.seed(q) if seed is None and framework is not None else None
         seed = _check_seed(seed, dropout_p, q) if drawn is None else drawn
     if framework is None:
-        result = _attention_dlpack(q, k, v, out, return_lse, options, extras, seed)
-    elif framework.records(q, k, v, out, *extras):
+        result = _attention_dlpack(q, k, v, out, return_lse, options, extras, seed, captured)
+    elif framework.records(q, k, v, out, *extras, *captured):
         if out is not None:
             raise ValueError("out: got an array, wanted None: out= does not support automatic differentiation")
-        result = framework.attention(q, k, v, options, extras, seed)
+        result = framework.attention(q, k, v, options, extras, seed, captured)
     else:
-        result = forward(framework, q, k, v, out, return_lse, options, extras, seed)
+        result = forward(framework, q, k, v, out, return_lse, options, extras, seed, captured)
     return result if return_lse else result[0]
 
 
@@ -231,7 +233,7 @@ def attention_backward(
     softcap: float | None = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
-    score_mod: None = None,
+    score_mod: ScoreMod | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
     layout: str = "bhsd",
@@ -266,13 +268,14 @@ precision
     deterministic : bool, default False
         Whether the gradients are reproducible to the bit, at some cost in speed. On a GPU a bias that is broadcast over
         batch axes then takes a launch per entry, and one that is broadcast over heads or keys raises
-        NotImplementedError where its gradient is asked for.
+        NotImplementedError where its gradient is asked for, as an array does that `score_mod` captures.
 
     Returns
     -------
     Gradients
         ``d_q``, ``d_k`` and ``d_v``, and ``d_bias``, ``d_sinks`` and ``d_alibi_slopes`` where the call has such an
-        array (else None), each with the shape and dtype of its operand.
+        array (else None), each with the shape and dtype of its operand; ``d_captured`` is a dict of those by arrays of
+        real numbers that `score_mod` captures.
         Where an operand was broadcast, or a key head was shared by query heads, its gradient is the sum.
         A query that sees no key has gradient 0, and so has a key that nobody sees.
 
@@ -315,16 +318,21 @@ precision
     others = {"d_out": d_out, "out": out, "lse": lse, **({} if d_lse is None else {"d_lse": d_lse})}
     arrays.framework_of(q=q, **others)
     extras = _extras(mask, bias, alibi_slopes, sinks, q)
-    arguments.check_later_options(score_mod)
-    options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p)
+    mod, captured = (None, ()) if score_mod is None else _take_apart(score_mod, q)
+    options = (is_causal, window, q_offset, scale, layout, precision, deterministic, softcap, dropout_p, mod)
     seed = _check_seed(seed, dropout_p, q)
     operands = (d_out, q, k, v, out, lse, d_lse)
-    wanted = (bias is not None, alibi_slopes is not None, sinks is not None)
+    wanted = (bias is not None, alibi_slopes is not None, sinks is not None, *_is_real(mod))
     if framework is None:
-        return _attention_backward_dlpack(operands, options, extras, wanted, seed)
-    if framework.records(*operands, *extras):
-        return Gradients(*framework.attention_backward(*operands, options, extras, wanted, seed))
-    return backward(framework, *operands, options, extras, wanted, seed)
+        gradients = _attention_backward_dlpack(operands, options, extras, wanted, seed, captured)
+    elif framework.records(*operands, *extras, *captured):
+        gradients = framework.attention_backward(*operands, options, extras, wanted, seed, captured)
+    else:
+        gradients = backward(framework, *operands, options, extras, wanted, seed, captured)
+    named = None
+    if score_mod is not None:
+        named = {name: x for name, x in zip(score_mod.arrays, gradients.d_captured, strict=True) if x is not None}
+    return gradients._replace(d_captured=named)
 
 
 def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
@@ -468,6 +476,7 @@ def forward(
     options: tuple[Any, ...],
     extras: Extras = NO_EXTRAS,
     seed: Any = None,
+    captured: tuple[Any, ...] = (),
 ) -> tuple[Any, Any]:
     """Out and, where asked for, LSE; ``options`` are those of ``arguments.Options``."""
     signature = framework.signature
@@ -476,14 +485,16 @@ def forward(
         key = (signature(q), signature(k), signature(v), None if out is None else signature(out), options)
         if extras is not NO_EXTRAS:
             key = (*key, extras.map(signature))
+        if captured:
+            key = (*key, *map(signature, captured))
         run = framework.prepared.get(key)
     except (TypeError, RuntimeError):
         # An unhashable option, or an array that has no strides: preparing says which.
         run = None
     if run is None:
-        run = _prepare_forward(framework, q, k, v, out, options, extras)
+        run = _prepare_forward(framework, q, k, v, out, options, extras, captured)
         _remember(framework, key, run)
-    return run(q, k, v, out, with_lse, extras, seed)
+    return run(q, k, v, out, with_lse, extras, seed, captured)
 
 
 def backward(
@@ -497,23 +508,29 @@ def backward(
     d_lse: Any,
     options: tuple[Any, ...],
     extras: Extras = NO_EXTRAS,
-    wanted: tuple[bool, bool, bool] = (False, False, False),
+    wanted: tuple[bool, ...] = (False, False, False),
     seed: Any = None,
+    captured: tuple[Any, ...] = (),
 ) -> Gradients:
-    """Gradients by q, k and v, and by those of bias, alibi_slopes and sinks for which they are ``wanted``."""
+    """Gradients by q, k and v, and by those of bias, alibi_slopes, sinks and captured arrays that are ``wanted``.
+
+    ``d_captured`` is a tuple, with None for those that are not.
+    """
     operands = (d_out, q, k, v, out, lse) if d_lse is None else (d_out, q, k, v, out, lse, d_lse)
     key: tuple[Hashable, ...] | None = None
     try:
         key = (*map(framework.signature, operands), options)
         if extras is not NO_EXTRAS:
             key = (*key, extras.map(framework.signature), wanted)
+        if captured:
+            key = (*key, *map(framework.signature, captured), wanted)
         run = framework.prepared.get(key)
     except (TypeError, RuntimeError):
         run = None
     if run is None:
-        run = _prepare_backward(framework, operands, options, extras, wanted)
+        run = _prepare_backward(framework, operands, options, extras, wanted, captured)
         _remember(framework, key, run)
-    return run(d_out, q, k, v, out, lse, d_lse, extras, seed)
+    return run(d_out, q, k, v, out, lse, d_lse, extras, seed, captured)
 
 
 def _remember(framework: Framework, key: Hashable, run: Any) -> None:
@@ -549,25 +566,56 @@ def _extras(mask: Any, bias: Any, alibi_slopes: Any, sinks: Any, q: Any) -> Extr
     return extras
 
 
+def _take_apart(score_mod: Any, q: Any) -> tuple[arguments.ScoreModOption, tuple[Any, ...]]:
+    """The expression, and the arrays that it captures, of the framework of q."""
+    if not isinstance(score_mod, ScoreMod):
+        raise TypeError(f"score_mod: got {type(score_mod).__name__}, wanted None or what cuflash.score_mod(...) makes")
+    arrays.framework_of(q=q, **{f"score_mod: {name}": array for name, array in score_mod.arrays.items()})
+    return score_mod.option, tuple(score_mod.arrays.values())
+
+
+def _array_names(mod: arguments.ScoreModOption | None) -> list[str]:
+    captures = {} if mod is None else mod.expression.captures
+    return [f"score_mod: {name}" for name, found in captures.items() if found.num_axes is not None]
+
+
+def _is_real(mod: arguments.ScoreModOption | None) -> tuple[bool, ...]:
+    """For each array that an expression captures whether its elements are real."""
+    captures = {} if mod is None else mod.expression.captures
+    return tuple(found.is_real for found in captures.values() if found.num_axes is not None)
+
+
 def given(extras: Extras) -> list[Any]:
     """The arrays that the call has."""
     return [array for array in extras if array is not None]
 
 
 def _prepare_forward(
-    framework: Framework, q: Any, k: Any, v: Any, out: Any, options: tuple[Any, ...], extras: Extras
+    framework: Framework,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    options: tuple[Any, ...],
+    extras: Extras,
+    captured: tuple[Any, ...],
 ) -> Callable[..., tuple[Any, Any]]:
-    if framework.is_lazy(q, k, v, *given(extras)):
+    if framework.is_lazy(q, k, v, *given(extras), *captured):
 
-        def run(q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any) -> tuple[Any, Any]:
-            q, k, v = map(framework.resolve, (q, k, v))
-            return forward(framework, q, k, v, out, with_lse, options, extras.map(framework.resolve), seed)
+        def run(
+            q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any, captured: tuple[Any, ...]
+        ) -> tuple[Any, Any]:
+            q, k, v, *captured_now = map(framework.resolve, (q, k, v, *captured))
+            extras = extras.map(framework.resolve)
+            return forward(framework, q, k, v, out, with_lse, options, extras, seed, tuple(captured_now))
 
         return run
     views = [framework.view(array, name) for name, array in zip("qkv", (q, k, v), strict=True)]
     out_view = None if out is None else framework.view(out, "out")
     extra_views = extras.map(framework.view, Extras._fields)
-    call = arguments.forward(views[0], views[1], views[2], out_view, Options(*options), extra_views)
+    checked = Options(*options)
+    captured_views = list(map(framework.view, captured, _array_names(checked.score_mod)))
+    call = arguments.forward(views[0], views[1], views[2], out_view, checked, extra_views, captured_views)
     return (_HostForward if call.device == CPU else _DeviceForward)(framework, call)
 
 
@@ -576,15 +624,16 @@ def _prepare_backward(
     operands: tuple[Any, ...],
     options: tuple[Any, ...],
     extras: Extras,
-    wanted: tuple[bool, bool, bool],
+    wanted: tuple[bool, ...],
+    captured: tuple[Any, ...],
 ) -> Callable[..., Gradients]:
-    if framework.is_lazy(*operands, *given(extras)):
+    if framework.is_lazy(*operands, *given(extras), *captured):
 
         def run(*arguments: Any) -> Gradients:
-            *operands, extras, seed = arguments
+            *operands, extras, seed, captured = arguments
             d_out, q, k, v, out, lse, d_lse = (None if x is None else framework.resolve(x) for x in operands)
-            extras = extras.map(framework.resolve)
-            return backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed)
+            extras, captured = extras.map(framework.resolve), tuple(map(framework.resolve, captured))
+            return backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed, captured)
 
         return run
     names = ("d_out", "q", "k", "v", "out", "lse", "d_lse")
@@ -592,8 +641,12 @@ def _prepare_backward(
     d_lse_view = views.pop() if len(views) == len(names) else None
     d_out, q, k, v, out, lse = views
     extra_views = extras.map(framework.view, Extras._fields)
-    asked_for = Extras(None, *(True if is_wanted else None for is_wanted in wanted))
-    call = arguments.backward(d_out, q, k, v, out, lse, d_lse_view, Options(*options), extra_views, asked_for)
+    asked_for = Extras(None, *(True if is_wanted else None for is_wanted in wanted[:3]))
+    checked = Options(*options)
+    captured_views = list(map(framework.view, captured, _array_names(checked.score_mod)))
+    call = arguments.backward(
+        d_out, q, k, v, out, lse, d_lse_view, checked, extra_views, captured_views, asked_for, wanted[3:]
+    )
     return (_HostBackward if call.device == CPU else _DeviceBackward)(framework, call)
 
 
@@ -656,14 +709,37 @@ class _Prepared:
 
         return self.call.d_extras.map(zeros, extras)
 
-    def finish(self, gradients: Sequence[Any], operands: Sequence[Any], d_extras: Extras, extras: Extras) -> Gradients:
-        """Gradients in the shapes of the operands, and in the dtypes of the extras."""
+    def allocate_captured_gradients(self, q: Any) -> list[Any]:
+        """Zeros to add the gradients by captured arrays to, None where there are none: float32, or float64."""
+
+        def zeros(shape: tuple[int, ...]) -> Any:
+            gradient = self.framework.empty(q, shape, self.lse_dtype)
+            gradient[...] = 0
+            return gradient
+
+        pairs = zip(self.call.captured, self.call.d_captured, strict=True)
+        return [zeros(array.shape) if is_wanted else None for array, is_wanted in pairs]
+
+    def finish(
+        self,
+        gradients: Sequence[Any],
+        operands: Sequence[Any],
+        d_extras: Extras,
+        extras: Extras,
+        d_captured: Sequence[Any],
+        captured: Sequence[Any],
+    ) -> Gradients:
+        """Gradients in the shapes of the operands, and in the dtypes of the extras and of what is captured."""
         d_q, d_k, d_v = (
             arrays.sum_to(self.framework, gradient, tuple(operand.shape))
             for gradient, operand in zip(gradients, operands, strict=True)
         )
         rounded = d_extras.map(lambda gradient, extra: self.framework.cast(gradient, extra.dtype), extras)
-        return Gradients(d_q, d_k, d_v, rounded.bias, rounded.sinks, rounded.alibi_slopes)
+        by_captured = tuple(
+            None if gradient is None else self.framework.cast(gradient, array.dtype)
+            for gradient, array in zip(d_captured, captured, strict=True)
+        )
+        return Gradients(d_q, d_k, d_v, rounded.bias, rounded.sinks, rounded.alibi_slopes, by_captured)
 
 
 class _Host(_Prepared):
@@ -693,7 +769,21 @@ class _Host(_Prepared):
 
         return strides.map(view, extras)
 
-    def score(self, extras: Extras, index: tuple[int, ...], launch: int, seed: Any) -> Score:
+    def bind(self, captured: Sequence[Any]) -> Bound | None:
+        """The expression with what it captures."""
+        f = self.call.problem.features
+        if f.mod is None:
+            return None
+        own, numbers = iter(captured), iter(f.mod_numbers)
+        return Bound(
+            f.mod.expression,
+            {
+                name: next(numbers) if found.num_axes is None else self.framework.as_numpy(next(own))
+                for name, found in f.mod.expression.captures.items()
+            },
+        )
+
+    def score(self, extras: Extras, index: tuple[int, ...], launch: int, seed: Any, mod: Bound | None) -> Score:
         """What is done to the scores of one launch, given the canonical extras of all."""
         p = self.call.problem
         here = self.at(extras, index)
@@ -702,7 +792,7 @@ class _Host(_Prepared):
             raise ValueError("seed: got an array on a GPU for operands on the CPU, wanted an integer")
         return Score(
             f.softcap, here.bias, here.mask, here.alibi_slopes, f.q_offset, here.sinks, f.dropout_p, seed or 0,
-            launch * p.batch,
+            launch * p.batch, mod,
         )  # fmt: skip
 
     @staticmethod
@@ -714,7 +804,9 @@ class _Host(_Prepared):
 
 
 class _HostForward(_Host):
-    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any, captured: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
         out, lse = self.allocate(q, k, v, out, with_lse)
         if self.call.has_rows:
             p = self.call.problem
@@ -730,7 +822,7 @@ class _HostForward(_Host):
             for launch, index in enumerate(numpy.ndindex(self.call.loop)):
                 q_part, k_part, v_part, out_part = (operand[index] for operand in operands)
                 lse_part = None if canonical_lse is None else canonical_lse[index]
-                score = self.score(extras, index, launch, seed)
+                score = self.score(extras, index, launch, seed, self.bind(captured))
                 cpu.forward(q_part, k_part, v_part, out_part, lse_part, band=p.band, scale=p.scale, score=score)
         return out, lse
 
@@ -747,9 +839,11 @@ class _HostBackward(_Host):
         d_lse: Any,
         extras: Extras,
         seed: Any,
+        captured: tuple[Any, ...],
     ) -> Gradients:
         gradients = self.allocate_gradients(q)
         d_extras = self.allocate_extra_gradients(q, extras)
+        d_captured = self.allocate_captured_gradients(q)
         if self.call.has_pairs or (self.call.has_rows and d_extras.sinks is not None):
             p = self.call.problem
             q_size, k_size = (p.num_heads, p.seqlen_q, p.head_dim), (p.num_heads_kv, p.seqlen_k, p.head_dim)
@@ -770,17 +864,21 @@ class _HostBackward(_Host):
                 inputs, outputs = [x[index] for x in operands[:5]], [x[index] for x in operands[5:]]
                 d_lse_part = None if d_lse is None else d_lse[index]
                 parts: list[Any] = [*inputs, lse[index], d_lse_part, *outputs]
-                score = self.score(canonical, index, launch, seed)
+                score = self.score(canonical, index, launch, seed, self.bind(captured))
                 # Where the extra was broadcast there is one element to add to.
                 d_bias, d_slopes, d_sinks = (
                     None if x is None else x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
                     for x in self.at(sums, index)[1:]
                 )
+                names = [] if p.features.mod is None else [name for name, _ in p.features.mod.dtypes]
+                sums_of_captured = {
+                    name: self.framework.as_numpy(x) for name, x in zip(names, d_captured, strict=True) if x is not None
+                }
                 cpu.backward(
                     *parts, band=p.band, scale=p.scale, score=score, d_bias=d_bias, d_alibi_slopes=d_slopes,
-                    d_sinks=d_sinks,
+                    d_sinks=d_sinks, d_captured=sums_of_captured,
                 )  # fmt: skip
-        return self.finish(gradients, (q, k, v), d_extras, extras)
+        return self.finish(gradients, (q, k, v), d_extras, extras, d_captured, captured)
 
 
 class _Device(_Prepared):
@@ -818,8 +916,12 @@ class _Device(_Prepared):
         for index in itertools.product(*map(range, self.call.loop)):
             yield itemsize * sum(map(operator.mul, index, strides[:depth]))
 
-    def score_arguments(self, extras: Extras, seed: Any) -> Iterator[tuple[Any, ...]]:
-        """For every launch the pointers of the extras, the seed or a pointer to it, and the first batch entry."""
+    def score_arguments(self, extras: Extras, seed: Any, captured: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+        """For every launch what it needs of extras, seed and captures.
+
+        These are the pointers of the extras, the seed or a pointer to it, the first batch entry, and the pointers of
+        what is captured.
+        """
         seed_at = 0
         if not isinstance(seed, int | None):
             device = self.framework.view(seed, "seed").device
@@ -832,8 +934,9 @@ class _Device(_Prepared):
             for name, own, size in zip(Extras._fields, self.call.extras, self.call.itemsizes, strict=True)
         ]
         batch = self.call.problem.batch
+        own = tuple(map(self.framework.pointer, captured))
         for launch in range(math.prod(self.call.loop)):
-            yield tuple(map(operator.add, starts, map(next, offsets))), seed or 0, seed_at, launch * batch
+            yield tuple(map(operator.add, starts, map(next, offsets))), seed or 0, seed_at, launch * batch, own
 
 
 class _DeviceForward(_Device):
@@ -845,16 +948,19 @@ class _DeviceForward(_Device):
         if self.call.has_rows:
             extras = self.per_launch(self.call.extras)
             self.launch = launch.ForwardCall(
-                self.call.problem, self.device, *strides, extras=extras, itemsizes=self.call.itemsizes
-            )
+                self.call.problem, self.device, *strides, extras=extras, itemsizes=self.call.itemsizes,
+                captured=self.call.captured,
+            )  # fmt: skip
             self.workspace_bytes = self.launch.workspace_bytes
             self.offsets = tuple(self.call.offsets())
 
-    def __call__(self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any, captured: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
         framework = self.framework
         if framework.current_device() != self.device:
             with framework.use_device(self.device):
-                return self(q, k, v, out, with_lse, extras, seed)
+                return self(q, k, v, out, with_lse, extras, seed, captured)
         out, lse = self.allocate(q, k, v, out, with_lse)
         pointer = framework.pointer
         q_ptr, k_ptr, v_ptr, out_ptr = pointer(q), pointer(k), pointer(v), pointer(out)
@@ -862,7 +968,7 @@ class _DeviceForward(_Device):
         more: Iterator[tuple[Any, ...]] = itertools.repeat(())
         if not self.is_plain:
             extras = self.in_accumulator(extras)
-            more = self.score_arguments(extras, seed)
+            more = self.score_arguments(extras, seed, captured)
         if self.workspace_bytes:
             workspace = framework.empty(q, (self.workspace_bytes,), "uint8")
             more = ((*score, pointer(workspace)) for score in more)
@@ -882,7 +988,8 @@ class _DeviceBackward(_Device):
             d_bias = self.per_launch(self.call.d_extras).bias
             self.launch = launch.BackwardCall(
                 self.call.problem, self.device, *strides, extras=self.per_launch(self.call.extras),
-                itemsizes=self.call.itemsizes, d_bias=d_bias,
+                itemsizes=self.call.itemsizes, captured=self.call.captured, d_bias=d_bias,
+                wants_captured=self.call.d_captured,
             )  # fmt: skip
             self.workspace_bytes = self.launch.workspace_bytes
             self.offsets = tuple(self.call.offsets())
@@ -898,11 +1005,12 @@ class _DeviceBackward(_Device):
         d_lse: Any,
         extras: Extras,
         seed: Any,
+        captured: tuple[Any, ...],
     ) -> Gradients:
         framework = self.framework
         if framework.current_device() != self.device:
             with framework.use_device(self.device):
-                return self(d_out, q, k, v, out, lse, d_lse, extras, seed)
+                return self(d_out, q, k, v, out, lse, d_lse, extras, seed, captured)
         gradients = self.allocate_gradients(q)
         lse = framework.contiguous(lse)
         d_lse = None if d_lse is None else framework.contiguous(d_lse)
@@ -912,10 +1020,13 @@ class _DeviceBackward(_Device):
         stream = framework.stream(self.device)
         more: Iterator[tuple[Any, ...]] = itertools.repeat(())
         sums = NO_EXTRAS
+        d_captured = self.allocate_captured_gradients(q)
         if not self.is_plain:
             numbers = self.in_accumulator(extras)
             sums = self.allocate_sums(q, extras)
-            more = map(operator.add, self.score_arguments(numbers, seed), self.sum_arguments(sums))
+            by_captured = tuple(0 if x is None else pointer(x) for x in d_captured)
+            sum_arguments = ((*own, by_captured) for own in self.sum_arguments(sums))
+            more = map(operator.add, self.score_arguments(numbers, seed, captured), sum_arguments)
         for (*offsets, lse_offset), score in zip(self.offsets, more, strict=False):
             shifted = [address + offset for address, offset in zip(pointers, offsets, strict=True)]
             lse_ptr = pointer(lse) + lse_offset
@@ -928,7 +1039,8 @@ class _DeviceBackward(_Device):
             d_slopes = arrays.sum_to(framework, d_slopes, tuple(extras.alibi_slopes.shape))
         if d_sinks is not None:
             d_sinks = d_sinks.sum(-1).reshape(-1, self.call.problem.num_heads).sum(0)
-        return self.finish(gradients, (q, k, v), sums._replace(alibi_slopes=d_slopes, sinks=d_sinks), extras)
+        sums = sums._replace(alibi_slopes=d_slopes, sinks=d_sinks)
+        return self.finish(gradients, (q, k, v), sums, extras, d_captured, captured)
 
     def allocate_sums(self, q: Any, extras: Extras) -> Extras:
         """Zeros for the gradient by the bias, and for terms of the others: (*loop, batch, heads, ...)."""
@@ -985,6 +1097,7 @@ def _attention_dlpack(
     options: tuple[Any, ...],
     extras: Extras,
     seed: Any,
+    captured: tuple[Any, ...],
 ) -> tuple[Any, Any]:
     named = {"q": q, "k": k, "v": v}
     if out is not None:
@@ -994,8 +1107,9 @@ def _attention_dlpack(
     framework = arrays.framework_of(**native)
     assert framework is not None
     extras = extras.map(arrays.import_dlpack, Extras._fields)
+    captured = tuple(map(arrays.import_dlpack, captured, _array_names(options[-1])))
     result, lse = forward(
-        framework, native["q"], native["k"], native["v"], native.get("out"), with_lse, options, extras, seed
+        framework, native["q"], native["k"], native["v"], native.get("out"), with_lse, options, extras, seed, captured
     )
     return (
         arrays.export_dlpack(result, q) if out is None else out,
@@ -1007,8 +1121,9 @@ def _attention_backward_dlpack(
     operands: tuple[Any, ...],
     options: tuple[Any, ...],
     extras: Extras,
-    wanted: tuple[bool, bool, bool],
+    wanted: tuple[bool, ...],
     seed: Any,
+    captured: tuple[Any, ...],
 ) -> Gradients:
     names = ("d_out", "q", "k", "v", "out", "lse", "d_lse")
     native = [None if a is None else arrays.import_dlpack(a, name) for a, name in zip(operands, names, strict=True)]
@@ -1016,5 +1131,11 @@ def _attention_backward_dlpack(
     assert framework is not None
     d_out, q, k, v, out, lse, d_lse = native
     extras = extras.map(arrays.import_dlpack, Extras._fields)
-    gradients = backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed)
-    return Gradients(*(None if x is None else arrays.export_dlpack(x, operands[1]) for x in gradients))
+    captured = tuple(map(arrays.import_dlpack, captured, _array_names(options[-1])))
+    gradients = backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed, captured)
+
+    def export(x: Any) -> Any:
+        return None if x is None else arrays.export_dlpack(x, operands[1])
+
+    d_captured = tuple(map(export, gradients.d_captured))
+    return Gradients(*map(export, (*gradients[:6], None)))._replace(d_captured=d_captured)

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 import struct
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import compile as compiler
 from . import configs, environment, params, rng
-from .plan import DeviceInfo, MaskBlocks, Plan, plan_backward, plan_forward
-from .problem import ITEMSIZE, Problem
+from .plan import DeviceInfo, MaskBlocks, Plan, plan_backward, plan_captured, plan_forward
+from .problem import ITEMSIZE, CapturedArray, Problem
 from .scores import NO_EXTRAS, Band, Extras
 from .tensor_map import TensorMap, TensorMaps
 
@@ -176,6 +178,7 @@ class ForwardCall:
         *,
         extras: Extras = NO_EXTRAS,
         itemsizes: Extras = NO_EXTRAS,
+        captured: Sequence[CapturedArray] = (),
         device_info: DeviceInfo | None = None,
         plan: Plan | None = None,
     ) -> None:
@@ -183,7 +186,7 @@ class ForwardCall:
         first_key, end_key = problem.band.key_range(0, problem.seqlen_q, problem.seqlen_k)
         if problem.features.dropout_p > 0 and first_key % rng.BLOCK:
             first_key = 0
-        problem = _with_keys(problem, first_key, end_key)
+        whole, problem = problem, _with_keys(problem, first_key, end_key)
         # What belongs to pairs begins with the first key, too.
         self._extra_offsets = tuple(
             0 if own is None or len(own) < 4 else first_key * own[3] * size
@@ -196,7 +199,7 @@ class ForwardCall:
         #: Bytes of scratch memory that every call needs.
         self.workspace_bytes = self.plan.workspace_bytes
         config = self.plan.config
-        block = np.zeros(1, params.PARAMS[config.params])
+        block = np.zeros(1, params.block_dtype(config.params, config.mod))
         for name, strides in (("q", q), ("k", k), ("v", v), ("out", out)):
             params.fill_operand(block, name, strides, itemsize)
         params.fill_shape(block, problem)
@@ -215,10 +218,11 @@ class ForwardCall:
         block["scale"] = problem.scale
         params.fill_score(block, problem, extras, itemsizes)
         block["score"]["first_key"] = first_key
+        params.fill_mod(block, whole, first_key, captured)
         of_score = tuple(
             f"score.{name}" for name in (*Extras._fields, "seed", "seed_at", "first_batch", "mask_blocks", "mask_bits")
         )
-        pointers = ("q", "k", "v", "out", "lse", *of_score)
+        pointers = ("q", "k", "v", "out", "lse", *of_score, *params.pointers_of_mod(config.mod))
         _fill_mask_blocks(block, self.plan.mask_blocks)
         self._bits_at = 0 if self.plan.mask_blocks is None else self.plan.mask_blocks.bits_at
         self._call = _Call((self.plan,), device_id, block, pointers, maps)
@@ -235,15 +239,17 @@ class ForwardCall:
         seed: int = 0,
         seed_at: int = 0,
         first_batch: int = 0,
+        captured: tuple[int, ...] = (),
         workspace: int = 0,
     ) -> None:
         """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0.
 
         `extras` are pointers, or 0; `seed_at` is one to the seed, or 0 where `seed` is the seed itself; `first_batch`
-        is the number of the first batch entry, as dropout counts them.
+        is the number of the first batch entry, as dropout counts them; `captured` are pointers to what an expression
+        captures.
         """
         extras = tuple(map(operator.add, extras, self._extra_offsets))
-        more = (*extras, seed, seed_at, first_batch, workspace, workspace + self._bits_at)
+        more = (*extras, seed, seed_at, first_batch, workspace, workspace + self._bits_at, *captured)
         self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *more)
 
 
@@ -265,6 +271,8 @@ class BackwardCall:
         *,
         extras: Extras = NO_EXTRAS,
         itemsizes: Extras = NO_EXTRAS,
+        captured: Sequence[CapturedArray] = (),
+        wants_captured: Sequence[bool] = (),
         d_bias: tuple[int, ...] | None = None,
         device_info: DeviceInfo | None = None,
         plans: tuple[Plan, ...] | None = None,
@@ -281,7 +289,7 @@ class BackwardCall:
         self._offsets = [*(getattr(layout, name) for name in scratch), layout.mask_blocks, bits_at]
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
-        block = np.zeros(1, params.PARAMS[main.params])
+        block = np.zeros(1, params.block_dtype(main.params, main.mod))
         operands = {"d_out": d_out, "q": q, "k": k, "v": v, "out": out, "d_q": d_q, "d_k": d_k, "d_v": d_v}
         for name, strides in operands.items():
             params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
@@ -289,6 +297,7 @@ class BackwardCall:
         block["rows"], block["num_counters"] = layout.rows, layout.num_counters
         block["scale"], block["scale_log2"] = problem.scale, problem.scale * params.LOG2_E
         params.fill_score(block, problem, extras, itemsizes)
+        params.fill_mod(block, problem, 0, captured)
         if d_bias is not None:
             size = ITEMSIZE[problem.lse_dtype]
             block["d_bias"] = (0, *(stride * size for stride in d_bias))
@@ -302,7 +311,11 @@ class BackwardCall:
             "d_bias",
             "slope_sums",
             "sink_sums",
+            *params.pointers_of_mod(main.mod),
+            *(f"mod.{name}" for name in params.sums_of_mod(main.mod)),
         )
+        names = [] if main.mod is None else [name for name, _ in main.mod.dtypes]
+        self._is_real = [main.mod.expression.captures[name].is_real for name in names] if main.mod is not None else []
         #: Sums that a head leaves of the gradient by its ALiBi slope, and by its sink.
         self.num_slope_sums = self.num_sink_sums = 0
         if problem.features.alibi_slopes is not None:
@@ -312,6 +325,9 @@ class BackwardCall:
             self.num_slope_sums = -(-problem.seqlen_k // main.block_n) * main.slope_sums
         if problem.features.sinks is not None:
             self.num_sink_sums = self.plans[-1].config.num_warps
+        if any(wants_captured):
+            device = device_info or DeviceInfo.current(device_id)
+            self.plans = (*self.plans, plan_captured(self.plans[1], problem, device))
         _fill_mask_blocks(block, mask_blocks)
         parts = (*scratch, "score.mask_blocks", "score.mask_bits")
         self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *parts, *of_score), maps)
@@ -334,15 +350,18 @@ class BackwardCall:
         seed: int = 0,
         seed_at: int = 0,
         first_batch: int = 0,
+        captured: tuple[int, ...] = (),
         d_bias: int = 0,
         slope_sums: int = 0,
         sink_sums: int = 0,
+        d_captured: tuple[int, ...] = (),
     ) -> None:
         """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0.
 
         `extras`, the seed and `first_batch` are as in :class:`ForwardCall`. The gradient by the bias is added to
         `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads, `num_slope_sums`),
         which has to hold zeros, and `sink_sums`, (batch, num_heads, `num_sink_sums`). Each of the three may be 0.
+        Gradients by arrays that an expression captures are added to `d_captured`, if they are not 0.
         """
         scratch = [workspace + offset for offset in self._offsets]
         self._call(
@@ -365,4 +384,6 @@ class BackwardCall:
             d_bias,
             slope_sums,
             sink_sums,
+            *captured,
+            *itertools.compress(d_captured or (0,) * len(captured), self._is_real),
         )

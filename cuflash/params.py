@@ -7,15 +7,17 @@ agree, so that a field out of place does not compile.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import rng
-from .problem import Problem
+from .problem import CapturedArray, Mod, Problem
 from .scores import Extras
 
 Strides = tuple[int, int, int]
+
 
 _OPERAND = np.dtype(
     [("pointer", "u8"), ("batch_stride", "i8"), ("head_stride", "i8"), ("row_stride", "i8")], align=True
@@ -110,18 +112,65 @@ OPEN = 1_000_000_000
 LOG2_E = math.log2(math.e)
 
 
-def layout_assertions(params: str) -> list[str]:
-    """C++ that fails to compile where the struct of that name differs from the NumPy dtype.
+def block_dtype(params: str, mod: Mod | None) -> np.dtype:
+    """What a launch passes: the struct of that name and, where scores are changed by an expression, ``ModParams``."""
+    base = PARAMS[params]
+    if mod is None:
+        return base
+    own = mod_dtype(mod)
+    assert base.fields is not None
+    begin = _ceil_64(base.itemsize)
+    return np.dtype(
+        {
+            "names": [*base.fields, "mod"],
+            "formats": [*(field[0] for field in base.fields.values()), own],
+            "offsets": [*(field[1] for field in base.fields.values()), begin],
+            "itemsize": _ceil_64(begin + own.itemsize),
+        }
+    )
+
+
+def _ceil_64(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+def mod_dtype(mod: Mod) -> np.dtype:
+    """``ScoreMod::Params`` of an expression; what it captures is numbered."""
+
+    def format_of(num_axes: int | None, is_real: bool) -> Any:
+        if num_axes is None:
+            return "f8" if is_real else "i4"
+        axes = max(num_axes, 1)
+        return np.dtype([("pointer", "u8"), ("strides", "i8", (axes,)), ("sizes", "i4", (axes,))], align=True)
+
+    captures = enumerate(mod.expression.captures.values())
+    return np.dtype(
+        [
+            *((name, "i4") for name in ("seqlen_q", "seqlen_k", "first_key")),
+            *((f"captured_{index}", format_of(found.num_axes, found.is_real)) for index, found in captures),
+            *((name, "u8") for name in sums_of_mod(mod)),
+        ],
+        align=True,
+    )
+
+
+def layout_assertions(params: str, mod: Mod | None) -> list[str]:
+    """C++ that fails to compile where the struct of that name, or ``Params`` made of it, differs from the NumPy dtype.
 
     NVRTC has no offsetof; ``__INTADDR__`` is the intrinsic that its compiler front end defines it with.
     """
-    dtype = PARAMS[params]
+    dtype, struct = block_dtype(params, mod), params if mod is None else "Params"
     assert dtype.fields is not None
-    lines = [f'static_assert(sizeof({params}) == {dtype.itemsize}, "{params}: size differs from cuflash/launch.py");']
+    offsets = {name: field[1] for name, field in dtype.fields.items()}
+    if mod is not None:
+        own = dtype.fields["mod"][0].fields
+        assert own is not None
+        offsets |= {f"mod.{name}": offsets["mod"] + field[1] for name, field in own.items()}
+    lines = [f'static_assert(sizeof({struct}) == {dtype.itemsize}, "{struct}: size differs from cuflash/params.py");']
     lines += [
-        f"static_assert(__INTADDR__(&static_cast<{params}*>(nullptr)->{name}) == {field[1]}, "
-        f'"{params}::{name}: offset differs from cuflash/launch.py");'
-        for name, field in dtype.fields.items()
+        f"static_assert(__INTADDR__(&static_cast<{struct}*>(nullptr)->{name}) == {offset}, "
+        f'"{struct}::{name}: offset differs from cuflash/params.py");'
+        for name, offset in offsets.items()
     ]
     return lines
 
@@ -151,6 +200,40 @@ def fill_score(block: Any, problem: Problem, strides: Extras, itemsizes: Extras)
     block["score"]["kept_scale"] = 1 / (1 - features.dropout_p)
     block["score"]["dropped"] = rng.threshold(features.dropout_p)
     block["score"]["q_offset"] = features.q_offset
+
+
+def fill_mod(block: Any, problem: Problem, first_key: int, captured: Sequence[CapturedArray]) -> None:
+    """Write what an expression reads, if there is one; pointers to what it captures follow with every call.
+
+    ``problem`` has all keys, of which the launch sees those from ``first_key`` on.
+    """
+    mod = problem.features.mod
+    if mod is None:
+        return
+    own = block["mod"]
+    own["seqlen_q"], own["seqlen_k"], own["first_key"] = problem.seqlen_q, problem.seqlen_k, first_key
+    arrays, numbers = iter(captured), iter(problem.features.mod_numbers)
+    for index, found in enumerate(mod.expression.captures.values()):
+        if found.num_axes is None:
+            own[f"captured_{index}"] = next(numbers)
+        elif found.num_axes > 0:
+            array = next(arrays)
+            own[f"captured_{index}"]["strides"] = [stride * array.itemsize for stride in array.strides]
+            own[f"captured_{index}"]["sizes"] = array.shape
+        else:
+            next(arrays)
+
+
+def pointers_of_mod(mod: Mod | None) -> list[str]:
+    """Fields of the block for pointers to captured arrays."""
+    captures = [] if mod is None else list(mod.expression.captures.values())
+    return [f"mod.captured_{index}" for index, found in enumerate(captures) if found.num_axes is not None]
+
+
+def sums_of_mod(mod: Mod | None) -> list[str]:
+    """Fields of the expression's part for pointers to gradients by those that are real."""
+    captures = [] if mod is None else list(mod.expression.captures.values())
+    return [f"sums_{index}" for index, found in enumerate(captures) if found.num_axes is not None and found.is_real]
 
 
 def fill_operand(block: Any, name: str, strides: Strides, itemsize: int) -> None:

@@ -478,6 +478,16 @@ def plans_around(
     return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace), *_sinks(p, workspace)
 
 
+def plan_captured(main: Plan, problem: Problem, device: DeviceInfo) -> Plan:
+    """The launch, after all others of the backward, that computes the gradients by what an expression captures."""
+    config: configs.BackwardCapturedConfig | configs.BackwardSimtConfig
+    if isinstance(main.config, configs.BackwardMmaConfig | configs.BackwardWgmmaConfig):
+        config = configs.backward_captured_config(main.config, device.arch)
+    else:
+        config = configs.backward_simt_captured_config(problem.dtype, configs.ScoreConfig.of(problem.features))
+    return Plan(config, ceil_div(problem.seqlen_q, config.block_m) * problem.num_heads * problem.batch)
+
+
 def _sinks(problem: Problem, workspace: Workspace) -> tuple[Plan, ...]:
     """The gradient by the sinks, where there are any."""
     if problem.features.sinks is None:

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from .expression import Expression
 from .scores import Band
 
 #: Bytes of one element, for every dtype the library computes with.
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Mod:
+    """An expression that changes scores, and of the arrays that it captures the dtypes: what becomes code."""
+
+    expression: Expression
+    #: By the names that the expression has for them, in its order.
+    dtypes: tuple[tuple[str, str], ...] = ()
+
+
+class CapturedArray(NamedTuple):
+    """An array that an expression captures; strides in elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +45,9 @@ class Features:
     q_offset: int = 0
     sinks: str | None = None
     dropout_p: float = 0.0
+    mod: Mod | None = None
+    #: What the expression captures beside arrays, in its order.
+    mod_numbers: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import rng
+from .expression import Evaluated, evaluate
 from .scores import Band, Score
 
 _Rounding = Callable[[Any], Any]
 
 
 class Gradients(NamedTuple):
-    """By the operands of attention, and by the arrays of ``Score`` (None for those that are None)."""
+    """By the operands of attention, and by the arrays of ``Score`` (None for those that are None).
+
+    ``d_captured`` is a dict of gradients by the real arrays that the expression captures, by their names.
+    """
 
     d_q: Any
     d_k: Any
@@ -31,6 +35,7 @@ class Gradients(NamedTuple):
     d_bias: Any = None
     d_alibi_slopes: Any = None
     d_sinks: Any = None
+    d_captured: Any = None
 
 
 def attention(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> tuple[Any, Any]:
@@ -70,8 +75,9 @@ def naive_backward(
     dtype = q.dtype
     d_out, q, k, v = (x.astype(work) for x in (d_out, q, k, v))
     d_lse = None if d_lse is None else d_lse.astype(work)
-    gradients = _backward(d_out, q, k, v, d_lse, band, scale, _in(work, score), rounding)
-    return Gradients(*(None if gradient is None else gradient.astype(dtype) for gradient in gradients))
+    *gradients, captured = _backward(d_out, q, k, v, d_lse, band, scale, _in(work, score), rounding)
+    d_captured = None if captured is None else {name: gradient.astype(dtype) for name, gradient in captured.items()}
+    return Gradients(*(None if x is None else x.astype(dtype) for x in gradients))._replace(d_captured=d_captured)
 
 
 def _exactly(x: Any) -> Any:
@@ -86,11 +92,13 @@ def _as_program_in(dtype: Any) -> tuple[Any, _Rounding]:
 
 def _in(dtype: Any, score: Score) -> Score:
     """The score with its numbers in ``dtype``."""
-    numbers = {
+    numbers: dict[str, Any] = {
         name: array.astype(dtype)
         for name in ("bias", "alibi_slopes", "sinks")
         if (array := getattr(score, name)) is not None
     }
+    if score.mod is not None:
+        numbers["mod"] = score.mod.with_reals_in(dtype)
     return score._replace(**numbers)
 
 
@@ -101,12 +109,15 @@ class _Forward(NamedTuple):
     visible: Any
     #: Derivative of the scores by what they are before the softcap.
     slope: Any
+    #: What the expression makes of scores.
+    modified: Evaluated | None
     out: Any
     lse: Any
 
 
 def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rounding: _Rounding) -> _Forward:
     xp = _namespace(q)
+    group = q.shape[1] // max(k.shape[1], 1)
     k, v = _repeat_heads(k, q), _repeat_heads(v, q)
     visible = _visible(band, q, k)
     if score.mask is not None:
@@ -115,12 +126,19 @@ def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rou
         visible = visible & (score.bias != -np.inf)  # such a bias is a mask
     visible = xp.broadcast_to(visible, (*q.shape[:3], k.shape[2]))
     slope: Any = 1
+    modified = None
     with np.errstate(all="ignore"):
         scores = rounding(scale * (q @ k.swapaxes(-1, -2)))
         if score.softcap is not None:
             tanh = rounding(xp.tanh(rounding(scores / score.softcap)))
-            slope = xp.where(visible, rounding(1 - tanh * tanh), 0)
+            slope = rounding(1 - tanh * tanh)
             scores = rounding(score.softcap * tanh)
+        if score.mod is not None:
+            modified = _modified(score, scores, group)
+            visible = visible & (modified.score != -np.inf)
+            scores = rounding(modified.score)
+        if score.softcap is not None:
+            slope = xp.where(visible, slope, 0)
         if score.bias is not None:
             scores = rounding(scores + score.bias)
         if score.alibi_slopes is not None:
@@ -139,16 +157,16 @@ def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rou
         dropout = _dropout(score, q, k)
         out = rounding(_weighted_sum(rounding(probabilities * dropout), v, visible))
         lse = rounding(row_max + rounding(xp.log(row_sum)))[..., 0]
-    return _Forward(probabilities, dropout, visible, slope, out, lse)
+    return _Forward(probabilities, dropout, visible, slope, modified, out, lse)
 
 
 def _backward(
     d_out: Any, q: Any, k: Any, v: Any, d_lse: Any, band: Band, scale: float, score: Score, rounding: _Rounding
 ) -> Gradients:
     xp = _namespace(q)
-    probabilities, dropout, visible, slope, out, lse = _forward(q, k, v, band, scale, score, rounding)
+    probabilities, dropout, visible, slope, modified, out, lse = _forward(q, k, v, band, scale, score, rounding)
     keys, values = _repeat_heads(k, q), _repeat_heads(v, q)
-    d_bias = d_slopes = d_sinks = None
+    d_bias = d_slopes = d_sinks = d_captured = None
     with np.errstate(all="ignore"):
         delta = rounding((d_out * out).sum(-1))
         if d_lse is not None:
@@ -163,13 +181,42 @@ def _backward(
         if score.sinks is not None:
             weights = rounding(xp.exp(rounding(score.sinks[:, None] - lse)))
             d_sinks = rounding(-xp.where(lse == -np.inf, 0, weights * delta).sum((0, 2)))
+        if score.mod is not None and modified is not None:
+            captured = score.mod.values
+            d_captured = {name: xp.zeros_like(captured[name]) for name in score.mod.expression.real_arrays}
+            for name, places, partial in modified.reads:
+                if name in d_captured:
+                    shares = xp.where(visible, d_scores * rounding(partial), 0)
+                    # One more axis in front, as there may be none, whose index has the shape of the scores.
+                    xp.add.at(d_captured[name][None], (xp.zeros(shares.shape, np.int64), *places), shares)
+            d_captured = {name: rounding(total) for name, total in d_captured.items()}
+            d_scores = rounding(xp.where(visible, d_scores * rounding(modified.by_score), 0))
         d_scores = rounding(d_scores * slope)
         d_q = rounding(scale * _weighted_sum(d_scores, keys, visible))
         d_keys = scale * _weighted_sum(d_scores.swapaxes(-1, -2), q, visible.swapaxes(-1, -2))
         weights = rounding(probabilities * dropout)
         d_values = _weighted_sum(weights.swapaxes(-1, -2), d_out, visible.swapaxes(-1, -2))
     d_k, d_v = rounding(_sum_heads(d_keys, k)), rounding(_sum_heads(d_values, v))
-    return Gradients(d_q, d_k, d_v, d_bias, d_slopes, d_sinks)
+    return Gradients(d_q, d_k, d_v, d_bias, d_slopes, d_sinks, d_captured)
+
+
+def _modified(score: Score, scores: Any, group: int) -> Evaluated:
+    """What the expression makes of all scores; NumPy computes it for others, too."""
+    assert score.mod is not None
+    xp = _namespace(scores)
+    batch, heads, seqlen_q, seqlen_k = scores.shape
+    h = np.arange(heads)[:, None, None]
+    indices = {
+        "b": score.first_batch + np.arange(batch)[:, None, None, None], "h": h, "h_kv": h // group,
+        "q_idx": np.arange(seqlen_q)[:, None], "k_idx": np.arange(seqlen_k),
+        "seqlen_q": seqlen_q, "seqlen_k": seqlen_k,
+    }  # fmt: skip
+    if xp is np:
+        return evaluate(score.mod.expression, scores, indices, score.mod.values)
+    captured = {name: x.get() if hasattr(x, "get") else x for name, x in score.mod.values.items()}
+    found = evaluate(score.mod.expression, scores.get(), indices, captured)
+    reads = ((name, tuple(map(xp.asarray, places)), xp.asarray(partial)) for name, places, partial in found.reads)
+    return Evaluated(xp.asarray(found.score), xp.asarray(found.by_score), tuple(reads))
 
 
 def _distances(score: Score, q: Any, k: Any) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .expression import Bound
+
 
 class Extras(NamedTuple):
     """The arrays beside q, k and v, or what is known of each; None for what the call does not have."""
@@ -32,9 +34,9 @@ NO_EXTRAS = Extras()
 class Score(NamedTuple):
     """What becomes of the scores ``scale * q.k`` of one call before, and of weights after, the softmax.
 
-    In this order: ``softcap * tanh(s / softcap)``; ``+ bias``; ``- slope * |i + q_offset - j|`` (ALiBi); hidden where
-    the mask is False; softmax over keys and the sink; weights that dropout keeps times ``1 / (1 - dropout_p)``, the
-    others 0.
+    In this order: ``softcap * tanh(s / softcap)``; the expression; ``+ bias``; ``- slope * |i + q_offset - j|``
+    (ALiBi); hidden where the mask is False; softmax over keys and the sink; weights that dropout keeps times
+    ``1 / (1 - dropout_p)``, the others 0.
     Arrays are those of one framework; None stands for what the call does not have.
     """
 
@@ -52,11 +54,14 @@ class Score(NamedTuple):
     seed: int = 0
     #: Number of the first batch entry here, as the generator counts them.
     first_batch: int = 0
+    #: An expression of the user's. A score that it makes -inf is hidden like one by the mask. Its ``b`` is the batch
+    #: entry, counted from `first_batch` on.
+    mod: Bound | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing at all is done."""
-        arrays = (self.bias, self.mask, self.alibi_slopes, self.sinks)
+        arrays = (self.mod, self.bias, self.mask, self.alibi_slopes, self.sinks)
         return self.softcap is None and self.dropout_p == 0 and all(array is None for array in arrays)
 
 

@@ -132,12 +132,13 @@ class TorchArrays(Framework):
         seed = torch.randint(1 << 62, (), device=array.device)
         return seed if array.is_cuda else int(seed)
 
-    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...], extras: Extras, seed: Any) -> tuple[Any, Any]:
-        return _Attention.apply(q, k, v, *extras, seed, options)
+    def attention(self, q: Any, k: Any, v: Any, options: tuple[Any, ...], *rest: Any) -> tuple[Any, Any]:
+        extras, seed, captured = rest
+        return _Attention.apply(q, k, v, *extras, seed, options, *captured)
 
-    def attention_backward(self, *arguments: Any) -> tuple[Any, ...]:
-        *operands, options, extras, wanted, seed = arguments
-        return _AttentionBackward.apply(*operands, *extras, wanted, seed, options)
+    def attention_backward(self, *arguments: Any) -> functional.Gradients:
+        *operands, options, extras, wanted, seed, captured = arguments
+        return _gradients(_AttentionBackward.apply(*operands, *extras, wanted, seed, options, *captured))
 
 
 #: The one object that serves tensors.
@@ -153,42 +154,58 @@ def _check_one_seed(in_dim: int | None) -> None:
         raise ValueError("seed: got a seed for each entry inside vmap, wanted one: entries are counted, and differ")
 
 
+def _check_captured(options: tuple[Any, ...], in_dims: tuple[int | None, ...]) -> None:
+    mod = Options(*options).score_mod
+    if any(in_dim is not None for in_dim in in_dims):
+        raise ValueError("score_mod: got a captured array for each entry inside vmap, wanted the same for all")
+    if mod is not None and mod.expression.uses("b"):
+        raise ValueError("score_mod: got an expression that uses b inside vmap, whose entries are counted as well")
+
+
+def _gradients(gradients: tuple[Any, ...]) -> functional.Gradients:
+    """What ``_AttentionBackward`` returns, those by captured arrays in one tuple."""
+    d_q, d_k, d_v, d_bias, d_sinks, d_alibi_slopes, *d_captured = gradients
+    return functional.Gradients(d_q, d_k, d_v, d_bias, d_sinks, d_alibi_slopes, tuple(d_captured))
+
+
 class _Attention(torch.autograd.Function):
-    """(q, k, v, mask, bias, alibi_slopes, sinks, seed, options) -> (out, lse), both differentiable."""
+    """(q, k, v, mask, bias, alibi_slopes, sinks, seed, options, *captured) -> (out, lse), both differentiable."""
 
     @staticmethod
     def forward(q: Any, k: Any, v: Any, *arguments: Any) -> tuple[Any, Any]:
-        *extras, seed, options = arguments
-        return functional.forward(ARRAYS, q, k, v, None, True, options, _extras(tuple(extras)), seed)
+        extras, (seed, options), captured = arguments[:4], arguments[4:6], arguments[6:]
+        return functional.forward(ARRAYS, q, k, v, None, True, options, _extras(extras), seed, captured)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-        q, k, v, *extras, seed, ctx.options = inputs
+        (q, k, v), extras, (seed, ctx.options), captured = inputs[:3], inputs[3:7], inputs[7:9], inputs[9:]
         # A tensor is saved like the others, so that changing it before the backward pass is an error.
         ctx.seed, at = (None, seed) if isinstance(seed, torch.Tensor) else (seed, None)
-        ctx.save_for_backward(q, k, v, *output, *extras, at)
+        ctx.save_for_backward(q, k, v, *output, *extras, at, *captured)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, d_out: Any, d_lse: Any) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
-            return (None,) * 9
-        q, k, v, out, lse, *extras, at = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        (q, k, v, out, lse), extras, at = ctx.saved_tensors[:5], ctx.saved_tensors[5:9], ctx.saved_tensors[9]
+        captured = ctx.saved_tensors[10:]
         seed = ctx.seed if at is None else at
         d_out = torch.zeros_like(out) if d_out is None else _with_contiguous_rows(d_out)
         operands = (d_out, q, k, v, out, lse, d_lse)
-        wanted = tuple(ctx.needs_input_grad[4:7])
-        if ARRAYS.records(*operands, *extras):
-            gradients = _AttentionBackward.apply(*operands, *extras, wanted, seed, ctx.options)
+        wanted = (*ctx.needs_input_grad[4:7], *ctx.needs_input_grad[9:])
+        if ARRAYS.records(*operands, *extras, *captured):
+            gradients = _gradients(_AttentionBackward.apply(*operands, *extras, wanted, seed, ctx.options, *captured))
         else:
-            gradients = functional.backward(ARRAYS, *operands, ctx.options, _extras(tuple(extras)), wanted, seed)
-        d_q, d_k, d_v, d_bias, d_sinks, d_alibi_slopes = gradients
-        return d_q, d_k, d_v, None, d_bias, d_alibi_slopes, d_sinks, None, None
+            gradients = functional.backward(ARRAYS, *operands, ctx.options, _extras(extras), wanted, seed, captured)
+        d_q, d_k, d_v, d_bias, d_sinks, d_alibi_slopes, d_captured = gradients
+        return d_q, d_k, d_v, None, d_bias, d_alibi_slopes, d_sinks, None, None, *d_captured
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], q: Any, k: Any, v: Any, *arguments: Any) -> Any:
-        *extras, seed, options = arguments
+        extras, (seed, options), captured = arguments[:4], arguments[4:6], arguments[6:]
         _check_one_seed(in_dims[7])
+        _check_captured(options, in_dims[9:])
         num_axes = [_num_axes(x, in_dim) for x, in_dim in zip((q, k, v), in_dims, strict=False)]
         least = 3 if Options(*options).layout == "bshd" else 2
         if min(num_axes) < least:
@@ -198,23 +215,26 @@ class _Attention(torch.autograd.Function):
             for x, in_dim in zip((q, k, v), in_dims, strict=False)
         ]
         more = _batched_extras(extras, in_dims[3:7], info.batch_size, max(3, *num_axes))
-        out, lse = _Attention.apply(*batched, *more, seed, options)
+        out, lse = _Attention.apply(*batched, *more, seed, options, *captured)
         if max(num_axes) == 2:  # matrices only, which were given an axis of heads
             out, lse = out.squeeze(1), lse.squeeze(1)
         return (out, lse), (0, 0)
 
 
 class _AttentionBackward(torch.autograd.Function):
-    """(d_out, q, k, v, out, lse, d_lse, mask, bias, alibi_slopes, sinks, wanted, seed, options) -> gradients.
+    """(d_out, q, k, v, out, lse, d_lse, mask, bias, alibi_slopes, sinks, wanted, seed, options, *captured) -> results.
 
-    They are those of ``functional.Gradients``, and not differentiable.
+    They are those of ``functional.Gradients``, one after the other, and not differentiable.
     """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Any, ...]:
-        operands, extras, (wanted, seed, options) = arguments[:7], arguments[7:11], arguments[11:]
+        operands, extras, (wanted, seed, options) = arguments[:7], arguments[7:11], arguments[11:14]
         d_out, q, k, v, out, lse, d_lse = operands
-        return functional.backward(ARRAYS, d_out, q, k, v, out, lse, d_lse, options, _extras(extras), wanted, seed)
+        gradients = functional.backward(
+            ARRAYS, d_out, q, k, v, out, lse, d_lse, options, _extras(extras), wanted, seed, arguments[14:]
+        )
+        return *gradients[:6], *gradients.d_captured
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -229,8 +249,12 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-        operands, extras, (wanted, seed, options) = arguments[:7], arguments[7:11], arguments[11:]
+        operands, extras, (wanted, seed, options) = arguments[:7], arguments[7:11], arguments[11:14]
+        captured = arguments[14:]
         _check_one_seed(in_dims[12])
+        _check_captured(options, in_dims[14:])
+        if any(wanted[3:]):
+            raise NotImplementedError("score_mod: gradients by captured arrays for each entry inside vmap")
         num_axes = [None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(operands, in_dims, strict=False)]
         most = max(3, *(num for num in num_axes[:5] if num is not None))
         batched = [
@@ -240,13 +264,14 @@ class _AttentionBackward(torch.autograd.Function):
         batched[0] = _with_contiguous_rows(batched[0])
         own_axes = [None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(extras, in_dims[7:], strict=False)]
         extras = _batched_extras(extras, in_dims[7:11], info.batch_size, most)
-        gradients = _AttentionBackward.apply(*batched, *extras, wanted, seed, options)
+        gradients = _AttentionBackward.apply(*batched, *extras, wanted, seed, options, *captured)
         # An axis that was put between batch and operand has one element and goes again.
         of_extras = own_axes[1], own_axes[3], own_axes[2]
         results = tuple(
             None if gradient is None else gradient.reshape(info.batch_size, *gradient.shape[gradient.ndim - num :])
-            for gradient, num in zip(gradients, (*num_axes[1:4], *of_extras), strict=True)
+            for gradient, num in zip(gradients[:6], (*num_axes[1:4], *of_extras), strict=True)
         )
+        results += (None,) * len(captured)
         return results, tuple(None if result is None else 0 for result in results)
 
 

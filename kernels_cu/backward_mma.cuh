@@ -47,14 +47,14 @@ struct BackwardMmaTiles {
     using dO = SmemTile<cfg.block_m, cfg.head_dim_v, kElemBytes>;
     using dS = SmemTile<cfg.block_n, cfg.block_m, kElemBytes>;  // transposed: [key][query]
     // P, and behind it the derivative of what was done to the scores, where there is one.
-    static constexpr int kPBytes = cfg.block_n * cfg.block_m * kElemBytes * (cfg.score.softcap ? 2 : 1);
+    static constexpr int kPBytes = cfg.block_n * cfg.block_m * kElemBytes * (cfg.score.bends() ? 2 : 1);
     static constexpr int kStatBytes = 2 * cfg.block_m * 4;  // lse_log2, then delta
     static constexpr int kBytes = K::kBytes + V::kBytes + kPBytes +
                                   cfg.num_stages * (Q::kBytes + dO::kBytes + dS::kBytes + kStatBytes);
 };
 
 template <BackwardMmaConfig cfg>
-CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
+CUFLASH_DEVICE void backward_mma(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
     constexpr int kPairs = cfg.num_warps / 2;
     static_assert(cfg.num_warps % 2 == 0 && cfg.block_n % (16 * kPairs) == 0,
                   "every pair of warps owns a multiple of 16 keys");
@@ -265,11 +265,11 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
         constexpr int kSlopes = cfg.block_n * cfg.block_m * Tiles::kElemBytes;
         using Changes = HeadScores<cfg.score, float, is_16bit(kMma)>;
         using Fetched = typename Changes::template Fetched<true, kN>;
-        Changes const head_scores(params.score, batch, min(current.head, shape.num_heads - 1));
+        Changes const head_scores(params, batch, min(current.head, shape.num_heads - 1));
         if (is_value_warp) {
             if (i < num_tiles) {
                 float p[kM][kN][4];
-                float slope[cfg.score.softcap ? kM : 1][cfg.score.softcap ? kN : 1][4];
+                float slope[cfg.score.bends() ? kM : 1][cfg.score.bends() ? kN : 1][4];
                 set_zero(p);
                 gemm_nt<kMma, TileK, TileQ, cfg.head_dim / step_elems(kMma), kUnroll>(
                     p, lane_address_a<TileK>(k_smem + warp_row * TileK::kSlabBytes, lane),
@@ -285,7 +285,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                         float derivative[kN][4];
                         head_scores.change(p[m], derivative, static_cast<float>(params.scale), fetched, 0, q_first, k_first,
                                            lane);
-                        if constexpr (cfg.score.softcap) {
+                        if constexpr (cfg.score.bends()) {
 #pragma unroll
                             for (int n = 0; n < kN; ++n)
 #pragma unroll
@@ -327,7 +327,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
 #pragma unroll
                     for (int m = 0; m < kM; ++m) {
                         st_shared_v4(p_lane + (k * kM + m) * 512, acc_to_words<kMma>(p[m], k));
-                        if constexpr (cfg.score.softcap)
+                        if constexpr (cfg.score.bends())
                             st_shared_v4(p_lane + kSlopes + (k * kM + m) * 512, acc_to_words<kMma>(slope[m], k));
                     }
                 barrier_sync(kPairBarrier + pair, 64);
@@ -366,7 +366,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
                     for (int m = 0; m < kM; ++m) {
                         float p[kTiles][4], slope[kTiles][4];
                         words_to_acc<kMma>(p, ld_shared_v4(p_lane + (k * kM + m) * 512));
-                        if constexpr (cfg.score.softcap)
+                        if constexpr (cfg.score.bends())
                             words_to_acc<kMma>(slope, ld_shared_v4(p_lane + kSlopes + (k * kM + m) * 512));
 #pragma unroll
                         for (int n = 0; n < kTiles; ++n)
@@ -392,7 +392,7 @@ CUFLASH_DEVICE void backward_mma(BackwardParams const& params, u32 smem) {
 #pragma unroll
                             for (int j = 0; j < 4; ++j) {
                                 if constexpr (cfg.score.alibi) slope_sum -= x[n][j] * distance(n, j);
-                                if constexpr (cfg.score.softcap) x[n][j] *= slope[n][j];
+                                if constexpr (cfg.score.bends()) x[n][j] = by_derivative<cfg.score>(x[n][j], slope[n][j]);
                             }
                     }
                 }

@@ -16,6 +16,7 @@
 // Source  Dao et al. 2022 (FlashAttention), algorithm 4, with d_q in a kernel of its own instead of atomics.
 #pragma once
 #include "attention/block_range.cuh"
+#include "attention/captured.cuh"
 #include "attention/config.cuh"
 #include "attention/mask.cuh"
 #include "attention/philox.cuh"
@@ -32,13 +33,13 @@ CUFLASH_DEVICE Acc load_lse_log2(char const* lse, i64 index) {
 // Weights and gradients of the scores of one query head, pair by pair, each of which exists.
 template <BackwardSimtConfig cfg, class Acc>
 struct PairGradients {
-    BackwardParams const& params;
+    ParamsOf<cfg.score, BackwardParams> const& params;
     HeadScores<cfg.score, Acc> scores;
     int const batch;
     int const head;
 
-    CUFLASH_DEVICE PairGradients(BackwardParams const& params, int batch, int head)
-        : params(params), scores(params.score, batch, head), batch(batch), head(head) {}
+    CUFLASH_DEVICE PairGradients(ParamsOf<cfg.score, BackwardParams> const& params, int batch, int head)
+        : params(params), scores(params, batch, head), batch(batch), head(head) {}
 
     // P before dropout, and the derivative of the score by q.k times scale.
     CUFLASH_DEVICE Acc weight(Acc product, Acc lse_log2, int q_idx, int k_idx, Acc& derivative) const {
@@ -54,9 +55,6 @@ struct PairGradients {
         return is_kept(params.score, true, batch, head, q_idx, k_idx) ? static_cast<Acc>(params.score.kept_scale) : Acc(0);
     }
 };
-
-CUFLASH_DEVICE void add_to(float* gmem, float x) { atomicAdd(gmem, x); }
-CUFLASH_DEVICE void add_to(double* gmem, double x) { atomicAdd(gmem, x); }
 
 // Adds gradients by what was added to scores to where they are summed up. Along axes of stride 0 the warp's own are summed
 // first: additions to one place come one after the other.
@@ -134,7 +132,7 @@ CUFLASH_DEVICE void backward_simt_delta(BackwardParams const& params) {
 }
 
 template <BackwardSimtConfig cfg>
-CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
+CUFLASH_DEVICE void backward_simt_dkdv(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
     using Gemm = BlockGemm<cfg.dtype, cfg.block_n, cfg.block_m, cfg.columns, cfg.threads()>;
     using Acc = typename Gemm::Acc;
 
@@ -217,7 +215,7 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
                         if constexpr (cfg.score.alibi)
                             if (visible) slope_sum -= x * pairs.scores.distance(q_idx, k_idx);
                         d_p[i][j] = x;
-                        gemm.p_at(i, j) = x * derivatives[i][j];
+                        gemm.p_at(i, j) = by_derivative<cfg.score>(x, derivatives[i][j]);
                     }
                 }
                 if constexpr (cfg.score.bias != Bias::kNone)
@@ -253,7 +251,7 @@ CUFLASH_DEVICE void backward_simt_dkdv(BackwardParams const& params, u32 smem) {
 }
 
 template <BackwardSimtConfig cfg>
-CUFLASH_DEVICE void backward_simt_dq(BackwardParams const& params, u32 smem) {
+CUFLASH_DEVICE void backward_simt_dq(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
     using Gemm = BlockGemm<cfg.dtype, cfg.block_m, cfg.block_n, cfg.columns, cfg.threads()>;
     using Acc = typename Gemm::Acc;
 
@@ -318,7 +316,8 @@ CUFLASH_DEVICE void backward_simt_dq(BackwardParams const& params, u32 smem) {
                     bool const visible = !masked || is_visible(shape, q_begin + gemm.row(i), k_begin + gemm.col(j));
                     Acc const kept = pairs.kept(near_query(i), near_key(j));
                     Acc const weight = gemm.p_at(i, j);  // as this thread has put it there
-                    gemm.p_at(i, j) = visible ? weight * (d_p[i][j] * kept - delta[i]) * derivatives[i][j] : Acc(0);
+                    Acc const x = visible ? weight * (d_p[i][j] * kept - delta[i]) : Acc(0);
+                    gemm.p_at(i, j) = by_derivative<cfg.score>(x, derivatives[i][j]);
                 }
         }
         gemm.multiply_nn(d_q, k, first_column, shape.head_dim);
@@ -333,13 +332,68 @@ CUFLASH_DEVICE void backward_simt_dq(BackwardParams const& params, u32 smem) {
                shape.head_dim);
 }
 
+// Gradients by the arrays that an expression captures, by tiles of queries as for d_q.
 template <BackwardSimtConfig cfg>
-CUFLASH_DEVICE void backward_simt(BackwardParams const& params, u32 smem) {
+CUFLASH_DEVICE void backward_simt_captured(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
+    using Gemm = BlockGemm<cfg.dtype, cfg.block_m, cfg.block_n, cfg.columns, cfg.threads()>;
+    using Acc = typename Gemm::Acc;
+
+    // ---- coordinates ----
+    Shape const& shape = params.shape;
+    int const num_m_blocks = (shape.seqlen_q + cfg.block_m - 1) / cfg.block_m;
+    int const m_block = num_m_blocks - 1 - static_cast<int>(blockIdx.x % num_m_blocks);
+    int const head = blockIdx.x / num_m_blocks % shape.num_heads;
+    int const batch = blockIdx.x / num_m_blocks / shape.num_heads;
+    int const q_begin = m_block * cfg.block_m;
+    int const q_end = min(shape.seqlen_q, q_begin + cfg.block_m);
+    int const head_kv = head / shape.group_size;
+    BlockRange const range = key_blocks(shape, q_begin, q_end, cfg.block_n);
+    Gemm const gemm(smem, threadIdx.x);
+    PairGradients<cfg, Acc> const pairs(params, batch, head);
+    CapturedSums<HeadScores<cfg.score, Acc>, Acc> sums(pairs.scores);
+    RowTile const q{params.q.at(batch, head, q_begin), params.q.row_stride, 0, q_end - q_begin};
+    RowTile const d_out{params.d_out.at(batch, head, q_begin), params.d_out.row_stride, 0, q_end - q_begin};
+    i64 const first_row = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q;
+
+    // ---- mainloop ----
+#pragma unroll 1
+    for (int n = range.first; n < range.last; ++n) {
+        int const k_begin = n * cfg.block_n;
+        auto keys = [&](Operand const& operand) {
+            return RowTile{operand.at(batch, head_kv, k_begin), operand.row_stride, range.k_begin - k_begin,
+                           range.k_end - k_begin};
+        };
+        typename Gemm::TileS s = {}, d_p = {};
+        gemm.multiply_nt(s, q, keys(params.k), shape.head_dim);
+        gemm.multiply_nt(d_p, d_out, keys(params.v), shape.head_dim_v);
+#pragma unroll
+        for (int i = 0; i < Gemm::kM; ++i) {
+            int const q_idx = q_begin + gemm.row(i), q_near = min(q_idx, shape.seqlen_q - 1);
+            Acc const lse_log2 = load_lse_log2<Acc>(params.lse, first_row + q_near);
+            Acc const delta = __ldg(reinterpret_cast<Acc const*>(params.delta) + first_row + q_near);
+#pragma unroll
+            for (int j = 0; j < Gemm::kN; ++j) {
+                int const k_idx = k_begin + gemm.col(j), k_near = min(k_idx, shape.seqlen_k - 1);
+                Acc derivative;
+                Acc weight = pairs.weight(s[i][j], lse_log2, q_near, k_near, derivative);
+                if (!is_visible(shape, q_idx, k_idx)) weight = 0;
+                Acc const x = weight == 0 ? Acc(0) : weight * (d_p[i][j] * pairs.kept(q_near, k_near) - delta);
+                sums.add(s[i][j] * static_cast<Acc>(params.scale), x, q_near, k_near);
+            }
+        }
+    }
+    sums.finish();
+}
+
+template <BackwardSimtConfig cfg>
+CUFLASH_DEVICE void backward_simt(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
     if constexpr (cfg.step == BackwardStep::kDelta) {
         backward_simt_delta<cfg>(params);
     } else if constexpr (cfg.step == BackwardStep::kDKDV) {
         backward_simt_dkdv<cfg>(params, smem);
-    } else {
+    } else if constexpr (cfg.step == BackwardStep::kDQ) {
         backward_simt_dq<cfg>(params, smem);
+    } else {
+        backward_simt_captured<cfg>(params, smem);
     }
 }

@@ -133,7 +133,7 @@ struct BackwardConsumer {
     // ---- what is done to scores, by role ----
     using Changes = HeadScores<cfg.score, float, true>;
     using Fetched = typename Changes::template Fetched<true, kN>;
-    CUFLASH_DEVICE Changes changes() const { return Changes(steps.params.score, work().batch(), steps.head(at)); }
+    CUFLASH_DEVICE Changes changes() const { return Changes(steps.params, work().batch(), steps.head(at)); }
     // What they need of arrays, which would keep them waiting.
     CUFLASH_DEVICE void fetch(Fetched& fetched) const {
         int const q_first = steps.q_begin(at);
@@ -151,7 +151,7 @@ struct BackwardConsumer {
             float derivative[2][4];
             float(&two)[2][4] = reinterpret_cast<float(&)[2][4]>(s[0][2 * k]);
             change.change(two, derivative, scale, fetched, 2 * k, q_first + 16 * k, k_first, lane);
-            if constexpr (cfg.score.softcap) acc_to_a(slope[k], derivative, 0);
+            if constexpr (cfg.score.bends()) acc_to_a(slope[k], derivative, 0);
         }
     }
     // The sign says which weights are dropped.
@@ -213,9 +213,10 @@ struct BackwardConsumer {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     if constexpr (cfg.score.alibi) slope_sum -= two[n][j] * distance(n, j);
-                    if constexpr (cfg.score.softcap) {
+                    if constexpr (cfg.score.bends()) {
                         u32 const factor = slope[k].x[2 * n + j / 2];
-                        two[n][j] *= j % 2 == 0 ? unpack_low<kMma>(factor) : unpack_high<kMma>(factor);
+                        two[n][j] =
+                            by_derivative<cfg.score>(two[n][j], j % 2 == 0 ? unpack_low<kMma>(factor) : unpack_high<kMma>(factor));
                     }
                 }
             acc_to_a(ds[k], dp[0], k);
@@ -543,7 +544,7 @@ struct BackwardConsumer {
             // Whoever has stored dS of the last step has read the P that was here. And dQ of two steps ago is done, so that
             // dS of this step may take its place.
             hand_over(p, 0);
-            if constexpr (cfg.score.softcap) hand_over(slope, kSlopes);
+            if constexpr (cfg.score.bends()) hand_over(slope, kSlopes);
             barrier_arrive(kPBarrier, 256);
             if constexpr (cfg.score.dropout) drop(p);
             steps.await_d_out(at);
@@ -588,7 +589,7 @@ struct BackwardConsumer {
             Weights p, slope, ds;
             barrier_sync(kPBarrier, 256);
             take_over(p, 0);
-            if constexpr (cfg.score.softcap) take_over(slope, kSlopes);
+            if constexpr (cfg.score.bends()) take_over(slope, kSlopes);
             Numbers delta;
             delta.fetch(steps.delta(at), lane);
             if constexpr (cfg.score.any()) {
@@ -634,7 +635,7 @@ struct BackwardConsumer {
 };
 
 template <BackwardWgmmaConfig cfg>
-CUFLASH_DEVICE void backward_wgmma(BackwardWgmmaParams const& params, u32 smem) {
+CUFLASH_DEVICE void backward_wgmma(ParamsOf<cfg.score, BackwardWgmmaParams> const& params, u32 smem) {
     static_assert(cfg.mma == Mma::kF16 || cfg.mma == Mma::kBF16, "wgmma here multiplies 16-bit elements");
     static_assert(cfg.consumers() == 2, "the producer leaves its registers to two warpgroups");
     static_assert(cfg.block_n % 64 == 0, "a warpgroup multiplies 64 keys");

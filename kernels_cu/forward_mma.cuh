@@ -38,7 +38,7 @@ struct ForwardMmaTiles {
 };
 
 template <ForwardMmaConfig cfg>
-CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
+CUFLASH_DEVICE void forward_mma(ParamsOf<cfg.score, ForwardParams> const& params, u32 smem) {
     static_assert(cfg.block_m % (16 * cfg.num_warps) == 0, "every warp owns a multiple of 16 query rows");
     static_assert(cfg.block_n % 16 == 0, "keys are consumed 16 at a time");
     static_assert(!cfg.overlap || is_16bit(cfg.mma), "overlap keeps P packed in 16 bits");
@@ -119,7 +119,7 @@ CUFLASH_DEVICE void forward_mma(ForwardParams const& params, u32 smem) {
     float const scale_log2 = kChanged ? 1.f : params.scale_log2;
     using Changes = HeadScores<cfg.score, float, is_16bit(kMma)>;
     using Fetched = typename Changes::template Fetched<false, kN>;
-    Changes const head_scores(params.score, batch, head);
+    Changes const head_scores(params, batch, head);
     if constexpr (cfg.score.sinks)
         softmax.init_sink(*reinterpret_cast<float const*>(params.score.sinks.at(0, head)) * kLog2E / scale_log2, lane);
 

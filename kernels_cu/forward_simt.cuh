@@ -22,7 +22,7 @@
 #include "tile/block_gemm.cuh"
 
 template <ForwardSimtConfig cfg>
-CUFLASH_DEVICE void forward_simt(ForwardParams const& params, u32 smem) {
+CUFLASH_DEVICE void forward_simt(ParamsOf<cfg.score, ForwardParams> const& params, u32 smem) {
     using Gemm = BlockGemm<cfg.dtype, cfg.block_m, cfg.block_n, cfg.columns, cfg.threads()>;
     using Acc = typename Gemm::Acc;
 
@@ -57,7 +57,7 @@ CUFLASH_DEVICE void forward_simt(ForwardParams const& params, u32 smem) {
         row_sum[i] = 0;
     }
     Acc const scale_log2 = static_cast<Acc>(params.scale * Log2<double>::kE);
-    HeadScores<cfg.score, Acc> const head_scores(params.score, batch, head);
+    HeadScores<cfg.score, Acc> const head_scores(params, batch, head);
     if constexpr (cfg.score.sinks) {
         // As if every row had seen a key of this score already, whose value is 0.
         Acc const sink = *reinterpret_cast<Acc const*>(params.score.sinks.at(0, head)) * Log2<Acc>::kE;

@@ -53,7 +53,7 @@ struct ForwardWgmmaTiles {
 };
 
 template <ForwardWgmmaConfig cfg>
-CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
+CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const& params, u32 smem) {
     static_assert(cfg.mma == Mma::kF16 || cfg.mma == Mma::kBF16, "wgmma here multiplies 16-bit elements");
     static_assert(cfg.block_m % 64 == 0 && cfg.consumers() >= 1 && cfg.consumers() <= 3,
                   "every consumer warpgroup owns 64 query rows");
@@ -315,7 +315,7 @@ CUFLASH_DEVICE void forward_wgmma(ForwardWgmmaParams const& params, u32 smem) {
         bool const chain = cfg.q_stages > 1 && pending && any && own_last == last;
 
         // What is done to scores, pair by pair; without packs, as a tile then is of one head.
-        Changes const head_scores(params.score, here.batch, here.head);
+        Changes const head_scores(params, here.batch, here.head);
         float const sink_log2 =
             cfg.score.sinks ? *reinterpret_cast<float const*>(params.score.sinks.at(0, here.head)) * kLog2E : 0.f;
         auto change = [&](float (&s)[1][kN][4], int n, bool is_partial) {

@@ -15,7 +15,8 @@ SETS = (
     ("mask",),
     ("dropout",),
     ("window", "alibi_slopes"),
-    ("mask", "bias", "alibi_slopes", "sinks", "softcap", "dropout", "window"),
+    ("expression",),
+    ("mask", "bias", "alibi_slopes", "sinks", "softcap", "dropout", "window", "expression"),
 )
 
 
@@ -48,11 +49,20 @@ def gradcheck(names: tuple[str, ...], device: str) -> None:
     if "window" in names:
         options |= {"window": (3, 2), "q_offset": 1}
 
+    captured = {}
+    if "expression" in names:
+        captured = {"rel": draw(4, 5), "gate": draw()}
+        seen = (torch.rand((2, 7), generator=generator) < 0.8).to(device)
+
     def attend(*inputs: Any) -> Any:
-        own = dict(zip(arrays, inputs[3:], strict=True))
+        own = dict(zip(arrays, inputs[3:], strict=False))
+        if captured:
+            changed = "score * sigmoid(gate) + rel[h, q_idx - k_idx + 2] ** 2 if seen[b, k_idx] else -inf"
+            rel, gate = inputs[3 + len(arrays) :]
+            own["score_mod"] = cuflash.score_mod(changed, rel=rel, gate=gate, seen=seen)
         out, lse = cuflash.attention(*inputs[:3], return_lse=True, **own, **options)
         # Rows that see nothing have an LSE of -inf, which finite differences cannot judge.
         return out, lse.masked_fill(lse.isinf(), 0.0)
 
     # Gradients may be summed in any order (deterministic=False), so two runs differ by rounding.
-    assert torch.autograd.gradcheck(attend, (*operands, *arrays.values()), nondet_tol=1e-12)
+    assert torch.autograd.gradcheck(attend, (*operands, *arrays.values(), *captured.values()), nondet_tol=1e-12)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+import cuflash
 from cuflash.scores import Band, make_band
 
 try:
@@ -233,4 +234,30 @@ def cases(
         storage=(draw(storage), draw(storage), draw(storage), draw(storage)),
         spread=draw(st.sampled_from((1.0, 3.0))),
         seed=draw(st.integers(0, 999)),
+    )
+
+
+#: Expressions that change scores, of each a compiled one: a product and a sum, with pairs that it hides; and one that
+#: leaves scores in sight, whatever else is done to them.
+EXPRESSIONS = {
+    "expression": "score * gate[h] + rel[h_kv, q_idx - k_idx + 8] if seen[b, k_idx] or k_idx < 2 else -inf",
+    "curve": "score + temperature * tanh(0.5 * score) - slope * (k_idx % 3) / seqlen_k",
+}
+
+
+def make_mod(name: str, case: Case, put: Callable[[np.ndarray], Any] = np.asarray) -> cuflash.ScoreMod:
+    """The expression of that name, with arrays that fit the case."""
+    draw = np.random.default_rng(case.seed)
+    if name == "curve":
+        return cuflash.score_mod(EXPRESSIONS[name], temperature=put(np.array(0.7)), slope=0.25)
+    dtype = np.float32 if case.dtype == "bfloat16" else np.dtype(case.dtype)
+    return cuflash.score_mod(
+        EXPRESSIONS[name],
+        gate=put(
+            (1 + 0.3 * draw.standard_normal(case.num_heads)).astype(
+                np.float64 if case.dtype == "float64" else np.float32
+            )
+        ),
+        rel=put(draw.standard_normal((case.num_heads_kv, 17)).astype(dtype)),
+        seen=put(draw.random((case.batch, case.seqlen_k)) < 0.8),
     )

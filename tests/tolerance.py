@@ -16,7 +16,8 @@ the probability; gradients start, on top of that, from an `out` that was rounded
 the result's formula with the terms of every sum added in quadrature, so that none of them cancel, or of the result
 itself where that is larger: equal terms are rounded alike. Weights are rounded, too, and below the normal numbers of a
 dtype absolutely. With a bias or slopes, what they add counts as a score of its own, where weights are not 0 altogether:
-|score| + |bias| + |slope * distance|; so does a sink. The accumulator of 16-bit inputs being float32, the first part of
+|score| + |bias| + |slope * distance|; so does a sink. An expression's error is that of its result and, times its
+derivative, that of the score it was given. The accumulator of 16-bit inputs being float32, the first part of
 the slack matters for float32 and float64 only.
 
 An element of `reference` that is not finite must not be finite in `actual`, and the other way round.
@@ -90,10 +91,17 @@ class Yardstick:
         self.out, self.lse = ref.attention(q, k, v, **self.options)
         # Scores and probabilities as (batch, heads_kv, group, seqlen_q, seqlen_k), for the magnitudes only.
         scores = self._grouped(self._finite(q)) @ self._finite(k)[:, :, None].swapaxes(-1, -2) * scale
-        visible = self._grouped(self._visible())
         if score.softcap is not None:
             scores = score.softcap * xp.tanh(scores / score.softcap)
         self._max_score = _largest(scores)
+        self._modified = None
+        if score.mod is not None:
+            before = scores.reshape(self._shape)
+            self._modified = ref._modified(ref._in(np.float64, score), before, q.shape[1] // max(k.shape[1], 1))
+            after, slopes = self._modified.score, self._finite(self._modified.by_score)
+            self._max_score = _largest(xp.where(after == -np.inf, 0.0, abs(self._finite(after)) + abs(before * slopes)))
+            scores = self._grouped(after)
+        visible = self._grouped(self._visible())
         self._distances = ref._distances(score, q.astype(np.float64), k)
         added = self._added()
         with np.errstate(all="ignore"):
@@ -118,6 +126,8 @@ class Yardstick:
             visible = visible & score.mask
         if score.bias is not None:
             visible = visible & (score.bias.astype(np.float64) != -np.inf)
+        if self._modified is not None:
+            visible = visible & (self._modified.score != -np.inf)
         return xp.broadcast_to(visible, self._shape)
 
     def _added(self) -> list[Any]:
@@ -158,6 +168,8 @@ class Yardstick:
         d_weights = d_out_squares @ self._finite(self.v)[:, :, None].swapaxes(-1, -2) ** 2 * self._dropout
         d_scores = (d_weights + delta_squares) * self._rounded_squares()
         d_products = d_scores * self.options["scale"] ** 2
+        if self._modified is not None:
+            d_products = d_products * self._grouped(self._finite(self._modified.by_score)) ** 2
         squares = {
             "d_q": d_products @ self._finite(self.k)[:, :, None] ** 2,
             "d_k": (d_products.swapaxes(-1, -2) @ self._grouped(self._finite(self.q) ** 2)).sum(2),
@@ -173,10 +185,17 @@ class Yardstick:
             with np.errstate(all="ignore"):
                 weights = self._finite(self.xp.exp(self._finite(score.sinks)[:, None] - self.lse)) ** 2
             squares["d_sinks"] = (weights * delta_squares.reshape(self.q.shape[:3])).sum((0, 2))
-        for what, gradient in zip(ref.Gradients._fields, gradients, strict=False):
-            if gradient is None:
-                continue
-            arrays = gradient, getattr(wanted, what), getattr(naive, what)
+        if score.mod is not None and self._modified is not None:
+            for name in score.mod.expression.real_arrays:
+                squares[name] = self.xp.zeros(score.mod.values[name].shape)
+            for name, places, partial in self._modified.reads:
+                if name in squares:
+                    shares = d_scores.reshape(self._shape) * self._finite(partial) ** 2
+                    at = (self.xp.zeros(shares.shape, np.int64), *places)
+                    self.xp.add.at(squares[name][None], at, shares)
+        gradients, wanted, naive = (_by_name(x) for x in (gradients, wanted, naive))
+        for what, gradient in gradients.items():
+            arrays = gradient, wanted[what], naive[what]
             slack = self._slack(squares[what], arrays[1], rounding=eps(self.dtype))
             assert_within(*arrays, dtype=self.dtype, factor=GRADIENT_FACTOR, slack=slack, what=what)
 
@@ -197,6 +216,13 @@ class Yardstick:
         # In float64 the plain program is the reference itself, and its own roundings are no smaller than ours.
         roundings = 16 if self.dtype == np.float64 else 4
         return (roundings * eps(accumulator(self.dtype)) * (1 + self._max_score) + rounding) * magnitude
+
+
+def _by_name(gradients: Any) -> dict[str, Any]:
+    """What is there of gradients, those by captured arrays by the names of these."""
+    named = dict(zip(ref.Gradients._fields, gradients, strict=False))
+    named |= named.pop("d_captured", None) or {}
+    return {name: gradient for name, gradient in named.items() if gradient is not None}
 
 
 def _smallest(dtype: Any) -> float:

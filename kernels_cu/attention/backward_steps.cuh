@@ -14,6 +14,7 @@
 #include "block_range.cuh"
 #include "config.cuh"
 #include "dq_accum.cuh"
+#include "score_mod.cuh"
 #include "tile_order.cuh"
 #include "tile_parts.cuh"
 
@@ -28,7 +29,7 @@ struct BackwardWgmmaTiles {
     using dO = SmemTile<cfg.block_m, kColsV, 2>;
     using dS = SmemTile<cfg.block_m, cfg.block_n, 2>;  // [query][key]
     // P, and behind it the derivative of what was done to the scores, where there is one.
-    static constexpr int kPBytes = cfg.by_role() ? cfg.block_n * cfg.block_m * (cfg.score.softcap ? 4 : 2) : 0;
+    static constexpr int kPBytes = cfg.by_role() ? cfg.block_n * cfg.block_m * (cfg.score.bends() ? 4 : 2) : 0;
     static constexpr int kStatBytes = (cfg.block_m * 4 + 127) / 128 * 128;
     static constexpr int kV = cfg.kv_stages * K::kBytes;
     static constexpr int kQ = kV + cfg.kv_stages * V::kBytes;
@@ -60,7 +61,7 @@ struct BackwardSteps {
     using Accum = DqAccum<cfg.dq_transposed() ? cfg.dq_columns() : cfg.block_m,
                           cfg.dq_transposed() ? cfg.block_m : cfg.head_dim, cfg.dq_warps(), cfg.dq_warps(), 4>;
 
-    BackwardWgmmaParams const& params;
+    ParamsOf<cfg.score, BackwardWgmmaParams> const& params;
     u32 const smem;
 
     // ---- places ----

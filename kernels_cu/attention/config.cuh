@@ -14,6 +14,7 @@ constexpr Dtype bias_dtype(Bias bias) {
 
 struct ScoreConfig {
     bool softcap;
+    bool mod;  // an expression of the user's
     bool mask;
     Bias bias;
     bool alibi;
@@ -21,7 +22,9 @@ struct ScoreConfig {
     bool dropout;
 
     // Whether scores change before the softmax.
-    constexpr bool changes() const { return softcap || mask || bias != Bias::kNone || alibi; }
+    constexpr bool changes() const { return softcap || mod || mask || bias != Bias::kNone || alibi; }
+    // Whether their derivatives by q.k are not all the scale.
+    constexpr bool bends() const { return softcap || mod; }
     constexpr bool any() const { return changes() || dropout; }  // between q.k and P V; sinks are elsewhere
 };
 
@@ -141,6 +144,19 @@ struct BackwardGatherConfig {
     bool deterministic;
 };
 
+struct BackwardCapturedConfig {
+    Mma mma;
+    Copy copy;
+    int head_dim;    // padded: a tile row of q and k
+    int head_dim_v;  // padded: a tile row of v and out
+    int block_m;     // query rows of a thread block
+    int block_n;     // keys of one step
+    ScoreConfig score;
+
+    constexpr int num_warps() const { return block_m / 16; }
+    constexpr int threads() const { return 2 * block_m; }
+};
+
 struct ForwardSimtConfig {
     Dtype dtype;  // stored; arithmetic is float64 for float64, float32 for the others
     int block_m;  // query rows of a thread block
@@ -152,7 +168,7 @@ struct ForwardSimtConfig {
     constexpr int threads() const { return 32 * num_warps; }
 };
 
-enum class BackwardStep { kDelta, kDKDV, kDQ };
+enum class BackwardStep { kDelta, kDKDV, kDQ, kCaptured };
 
 struct BackwardSinksConfig {
     Dtype dtype;  // of the LSE: kF32 or kF64
@@ -164,8 +180,8 @@ struct BackwardSinksConfig {
 struct BackwardSimtConfig {
     BackwardStep step;
     Dtype dtype;
-    int block_m;  // query rows of a thread block (kDQ), of one step (kDKDV)
-    int block_n;  // keys of a thread block (kDKDV), of one step (kDQ)
+    int block_m;  // query rows of a thread block (kDQ, kCaptured), of one step (kDKDV)
+    int block_n;  // keys of a thread block (kDKDV), of one step (kDQ, kCaptured)
     int columns;  // elements of a gradient row that a thread block computes
     int num_warps;
     ScoreConfig score;

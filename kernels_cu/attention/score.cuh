@@ -1,6 +1,6 @@
 // What becomes of a score between q.k and the softmax, pair by pair (cuflash/scores.py: Score).
 //
-// Maths   s -> softcap tanh(s / softcap);  + bias;  - slope |i + q_offset - j|;  -inf where the mask hides the pair.
+// Maths   s -> softcap tanh(s / softcap);  an expression of it;  + bias;  - slope |i + q_offset - j|;  -inf where the mask hides the pair.
 //         Scores come in natural units and leave in units of log2, as the exponentials want them.
 #pragma once
 #include "../ptx/math.cuh"
@@ -10,17 +10,7 @@
 #include "../tile/fragment.cuh"
 #include "config.cuh"
 #include "params.cuh"
-
-CUFLASH_DEVICE double tanh_acc(double x) { return tanh(x); }
-CUFLASH_DEVICE float tanh_acc(float x) { return tanhf(x); }
-// A rational function of least relative error, 3.6e-7 with that of its arithmetic: scores may be small beside the cap, and
-// their exponentials take most of what approximates functions already.
-CUFLASH_DEVICE float tanh_approx(float x) {
-    float const clamped = fminf(fabsf(x), 8.f), t = clamped * clamped;
-    float const above = ((1.1428361e-5f * t + 2.9510178e-3f) * t + 0.12925658f) * t + 0.99999988f;
-    float const below = (((2.4591912e-7f * t + 2.3866835e-4f) * t + 2.3815529e-2f) * t + 0.46258873f) * t + 1.f;
-    return copysignf(clamped * above * reciprocal_approx(below), x);
-}
+#include "score_mod.cuh"
 
 template <class Stored>
 struct alignas(2 * sizeof(Stored)) Two {
@@ -115,7 +105,10 @@ struct MaskFragment {
     CUFLASH_DEVICE bool is_visible(int n, int i) const { return words[i / 2][n / 4] >> (8 * (n % 4) + i % 2) & 1; }
 };
 
-struct Nothing {};
+struct Nothing {
+    Nothing() = default;
+    CUFLASH_DEVICE Nothing(auto const&, int, int) {}
+};
 template <bool kIf, class T>
 struct OnlyIf {
     using Type = T;
@@ -189,21 +182,60 @@ CUFLASH_DEVICE void add_by_pairs(Pairs const& sums, char* origin, float const (&
     }
 }
 
+// A gradient times a derivative of scores. That of a user's expression may be anything where nothing is seen.
+template <ScoreConfig cfg, class Acc>
+CUFLASH_DEVICE Acc by_derivative(Acc x, Acc derivative) {
+    if constexpr (cfg.mod) return x == 0 ? Acc(0) : x * derivative;
+    return x * derivative;
+}
+
 // The scores of one query head. `kIs16Bit`: made of 16-bit operands, so that they need not be exact to the last bit.
 template <ScoreConfig cfg, class Acc, bool kIs16Bit = false>
 struct HeadScores {
+    using UserMod = ScoreMod<cfg>;
+    static constexpr ScoreConfig kScore = cfg;
+
+    // The user's expression, for this head.
+    struct Mod {
+        typename UserMod::Params const& params;
+        PairIndices<Acc> at;
+
+        template <class Params>
+        CUFLASH_DEVICE Mod(Params const& params, int batch, int head)
+            : params(params.mod),
+              at{params.score.first_batch + batch, head, head / params.shape.group_size, 0, 0, params.mod.seqlen_q,
+                 params.mod.seqlen_k, 0, 0} {}
+        // The pair so far behind the one from which queries and keys are counted here.
+        CUFLASH_DEVICE PairIndices<Acc> pair(int q_first, int k_first, int q_step = 0, int k_step = 0) const {
+            PairIndices<Acc> pair = at;
+            pair.q_idx = q_first + q_step;
+            pair.k_idx = params.first_key + k_first + k_step;
+            pair.q_real = static_cast<Acc>(q_first) + static_cast<Acc>(q_step);
+            pair.k_real = static_cast<Acc>(params.first_key + k_first) + static_cast<Acc>(k_step);
+            return pair;
+        }
+        CUFLASH_DEVICE void operator()(Acc& s, Acc& derivative, PairIndices<Acc> const& pair) const {
+            Acc changed, by_score;
+            UserMod::template evaluate<ScoreMath<Acc, kIs16Bit>>(params, s, pair, changed, by_score);
+            s = changed;
+            derivative *= by_score;
+        }
+    };
     ScoreParams const& params;
     char const* bias;
     char const* mask;
     char const* bits;
     Acc slope;
+    typename OnlyIf<cfg.mod, Mod>::Type mod;
 
-    CUFLASH_DEVICE HeadScores(ScoreParams const& params, int batch, int head)
-        : params(params),
-          bias(params.bias.at(batch, head)),
-          mask(params.mask.at(batch, head)),
-          bits(params.mask_bits.at(batch, head)),
-          slope(cfg.alibi ? *reinterpret_cast<Acc const*>(params.alibi_slopes.at(batch, head)) : Acc(0)) {}
+    template <class Params>
+    CUFLASH_DEVICE HeadScores(Params const& params, int batch, int head)
+        : params(params.score),
+          bias(params.score.bias.at(batch, head)),
+          mask(params.score.mask.at(batch, head)),
+          bits(params.score.mask_bits.at(batch, head)),
+          slope(cfg.alibi ? *reinterpret_cast<Acc const*>(params.score.alibi_slopes.at(batch, head)) : Acc(0)),
+          mod(params, batch, head) {}
 
     // Of a pair that exists; `derivative` is that by the score as it came.
     CUFLASH_DEVICE Acc operator()(Acc s, int q_idx, int k_idx) const {
@@ -211,18 +243,8 @@ struct HeadScores {
         return (*this)(s, q_idx, k_idx, derivative);
     }
     CUFLASH_DEVICE Acc operator()(Acc s, int q_idx, int k_idx, Acc& derivative) const {
-        derivative = 1;
-        if constexpr (cfg.softcap) {
-            Acc const softcap = static_cast<Acc>(params.softcap);
-            Acc x;
-            if constexpr (kIs16Bit) {
-                x = tanh_approx(s / softcap);
-            } else {
-                x = tanh_acc(s / softcap);
-            }
-            s = softcap * x;
-            derivative = 1 - x * x;
-        }
+        s = softened(s, derivative);
+        if constexpr (cfg.mod) mod(s, derivative, mod.pair(q_idx, k_idx));
         if constexpr (cfg.bias != Bias::kNone) {
             using E = Element<bias_dtype(cfg.bias)>;
             s += static_cast<Acc>(
@@ -237,6 +259,28 @@ struct HeadScores {
         }
         return s;
     }
+    CUFLASH_DEVICE Acc softened(Acc s, Acc& derivative) const {
+        derivative = 1;
+        if constexpr (cfg.softcap) {
+            Acc const softcap = static_cast<Acc>(params.softcap);
+            Acc x;
+            if constexpr (kIs16Bit) {
+                x = tanh_approx(s / softcap);
+            } else {
+                x = tanh_acc(s / softcap);
+            }
+            s = softcap * x;
+            derivative = 1 - x * x;
+        }
+        return s;
+    }
+    // What the expression reads for a pair: see score_mod.cuh.
+    template <class Add>
+    CUFLASH_DEVICE void for_each_read(Acc s, int q_idx, int k_idx, Add add) const {
+        Acc derivative;
+        UserMod::template for_each_read<ScoreMath<Acc, kIs16Bit>>(mod.params, softened(s, derivative),
+                                                                  mod.pair(q_idx, k_idx), add);
+    }
     CUFLASH_DEVICE Acc distance(int q_idx, int k_idx) const {
         int const x = q_idx + params.q_offset - k_idx;
         return static_cast<Acc>(x < 0 ? -x : x);
@@ -250,7 +294,7 @@ struct HeadScores {
     }
     // Whether what is added to scores may be larger for the next keys than for these, a tile from k_first on.
     CUFLASH_DEVICE bool may_grow(int q_first, int k_first, int num_keys, int pivot) const {
-        if (cfg.bias != Bias::kNone || slope <= 0) return true;
+        if (cfg.mod || cfg.bias != Bias::kNone || slope <= 0) return true;
         return (!kTurns || k_first <= pivot * num_keys) && q_first + params.q_offset - k_first < num_keys - 1;
     }
 
@@ -295,7 +339,16 @@ struct HeadScores {
                 x = kIs16Bit ? tanh_approx(x * factor) : tanh_acc(x * factor);
                 derivative[n][i] = 1.f - x * x;
             }
-            x *= unit;
+            if constexpr (cfg.mod) {
+                x *= cfg.softcap ? softcap : scale;
+                int const row = acc_row(lane, 0), col = acc_col(lane, 0), down = 8 * (i / 2), along = 8 * n + i % 2;
+                mod(x, derivative[n][i],
+                    kTransposed ? mod.pair(q_first + col, k_first + row, along, down)
+                                : mod.pair(q_first + row, k_first + col, down, along));
+                x *= kLog2E;
+            } else {
+                x *= unit;
+            }
         });
         if constexpr (cfg.bias != Bias::kNone) {
             using E = Element<bias_dtype(cfg.bias)>;

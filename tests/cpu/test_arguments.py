@@ -125,7 +125,7 @@ FORWARD_ERRORS = [
     ({"alibi_slopes": np.zeros(4, bool)}, TypeError, "alibi_slopes: got dtype bool, wanted float16"),
     ({"sinks": zeros(1)}, ValueError, r"sinks: got shape \(1,\), wanted \(4,\), \(heads,\)"),
     ({"sinks": zeros(2, 4)}, ValueError, r"sinks: got shape \(2, 4\), wanted \(4,\)"),
-    ({"score_mod": abs}, NotImplementedError, "^score_mod: not implemented yet"),
+    ({"score_mod": abs}, TypeError, "^score_mod: got builtin_function_or_method, wanted None or what"),
     ({"dropout_p": 0.1}, ValueError, "seed: got None, wanted an integer, as dropout_p is not 0"),
     ({"dropout_p": None, "seed": 1}, TypeError, "dropout_p: got NoneType, wanted a real number"),
     ({"dropout_p": 1.0, "seed": 1}, ValueError, r"dropout_p: got 1.0, wanted a probability in \[0, 1\)"),

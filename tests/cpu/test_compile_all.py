@@ -1,19 +1,20 @@
 """Every configuration that a planner may choose compiles for its architecture, and the tuned ones spill nothing.
 
-NVRTC needs no GPU for this. What is collected compiles in the background, on all cores, while the tests wait for
-one result after the other. All of it takes some 13 minutes of one core; with --few-kernels all architectures but one
+NVRTC needs no GPU for this. What is collected compiles in the background, on all cores, while other tests run, which
+come first (conftest.py). All of it takes some 13 minutes of one core; with --few-kernels all architectures but one
 compile one configuration per kernel, arithmetic and head dims.
 """
 
-import os
 import struct
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 
 from cuflash import compile as compiler
 from cuflash import configs
+from cuflash.expression import Captured, Expression
+from cuflash.problem import Mod
 
 pytest.importorskip("cupy")
 
@@ -22,8 +23,15 @@ Compilation = tuple[configs.Config, int]
 REGISTERS_PER_BLOCK = 65536
 
 #: Who asks for all options of scores at once may find some registers spilled.
-EVERYTHING = {configs.ScoreConfig(True, True, dtype, True, True, True) for dtype in configs.ITEMSIZE}
+EVERYTHING = {
+    configs.ScoreConfig(True, mask=True, bias=dtype, alibi=True, sinks=True, dropout=True) for dtype in configs.ITEMSIZE
+}
 SPILLED_BY_EVERYTHING = 600
+
+#: An expression that reads an array by pairs, and the architectures for which it is compiled.
+MOD = Mod(Expression("score + x[h, q_idx - k_idx + 8] * gate", {"x": Captured(2, True), "gate": Captured(None, True)}),
+          (("x", "float32"),))  # fmt: skip
+MOD_ARCHS = (75, 86, 90)
 
 #: The architecture whose tables --few-kernels leaves whole.
 MAIN_ARCH = 90
@@ -32,6 +40,8 @@ MAIN_ARCH = 90
 def selection(arch: int, few_kernels: bool) -> list[configs.Config]:
     """Configurations to compile for an architecture."""
     every = configs.all_configs(arch) + configs.score_configs(arch)
+    if arch in MOD_ARCHS:
+        every += configs.mod_configs(arch, MOD)
     if arch == MAIN_ARCH or not few_kernels:
         return every
     chosen: dict[tuple[object, ...], configs.Config] = {}
@@ -50,23 +60,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[configs.Config, int], compiler.Compiled]]:
+def compiled(compilations: dict[Compilation, Future[compiler.Compiled]]) -> Callable[..., compiler.Compiled]:
     """Wait for the compilation of a configuration; all of them are under way."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    futures: dict[Compilation, Future[compiler.Compiled]] = {}
-    for item in request.session.items:
-        if isinstance(item, pytest.Function) and item.function is test_compiles:
-            config, arch = item.callspec.params["config"], item.callspec.params["arch"]
-            futures[config, arch] = pool.submit(compiler.compile_cubin, config, arch)
 
     def result(config: configs.Config, arch: int) -> compiler.Compiled:
         try:
-            return futures.pop((config, arch)).result()
+            return compilations.pop((config, arch)).result()
         except ImportError as error:
             pytest.skip(f"no NVRTC: {error}")
 
-    yield result
-    pool.shutdown(cancel_futures=True)
+    return result
 
 
 def is_whole_elf(cubin: bytes) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuflash import cpu, reference
+from cuflash.expression import Bound, Captured, Expression
 from cuflash.scores import Band, Score
 from tests.strategies import DTYPES, STORAGES, bands, make_band, numpy_dtype, stored
 from tests.tolerance import Yardstick, accumulator
@@ -59,6 +60,10 @@ def backward(problem, out, lse, start=0.0, names=ARRAYS):
     others = {
         f"d_{name}": np.full(x.shape, start, dtype) for name in names if (x := getattr(problem.score, name)) is not None
     }
+    if (mod := problem.score.mod) is not None:
+        others["d_captured"] = {
+            name: np.full(mod.values[name].shape, start, dtype) for name in mod.expression.real_arrays
+        }
     cpu.backward(
         d_out, q, k, v, out, lse, d_lse, *gradients,
         band=problem.band, scale=problem.scale, score=canonical(problem), **others,
@@ -68,7 +73,8 @@ def backward(problem, out, lse, start=0.0, names=ARRAYS):
 
 def results(problem):
     out, lse = forward(problem)
-    return out, lse, *(x for x in backward(problem, out, lse) if x is not None)
+    *gradients, captured = backward(problem, out, lse)
+    return out, lse, *(x for x in gradients if x is not None), *(captured or {}).values()
 
 
 def check(problem):
@@ -182,6 +188,10 @@ def problems(draw, dtypes=DTYPES):
         score = score._replace(sinks=sinks.astype(numpy_dtype(draw(st.sampled_from(DTYPES)))))
     if draw(st.booleans()):
         score = score._replace(dropout_p=draw(st.sampled_from((0.1, 0.5, 0.9))), seed=draw(st.integers(0, 2**64 - 1)))
+    if draw(st.booleans()):
+        shape = batch, heads, heads_kv, seqlen_q, seqlen_k
+        arrays = make_arrays(shape, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)))
+        score = score._replace(mod=make_mod(arrays, *MODS[draw(st.sampled_from(sorted(MODS)))]))
     options = draw(bands(150))
     band = make_band(options["is_causal"], options["window"], options["q_offset"], seqlen_q, seqlen_k)
     problem = make_problem(
@@ -292,10 +302,147 @@ def test_gradients_of_options_are_added_and_may_be_left_out():
             getattr(moved, f"d_{name}"), getattr(expected, f"d_{name}") + 3, rtol=1e-12, atol=1e-12
         )
         alone = backward(problem, out, lse, names=(name,))
-        assert [x is None for x in alone[3:]] == [other != name for other in ARRAYS]
+        assert [x is None for x in alone[3:6]] == [other != name for other in ARRAYS]
         for actual, wanted in zip(alone, expected, strict=True):
             if actual is not None:
                 np.testing.assert_array_equal(actual, wanted)
+
+
+# ------------------------------------------------------------------------------------------------- expressions
+
+
+def make_arrays(shape, dtype="float32", seed=2):
+    """What expressions here capture, some of it with strides of its own."""
+    rng = np.random.default_rng(seed)
+    batch, heads, heads_kv, seqlen_q, seqlen_k, *_ = shape
+    longest = max(seqlen_q, seqlen_k)
+    reals = {
+        "rel": rng.standard_normal((9, heads)).T,
+        "gate": 1 + 0.3 * rng.standard_normal(2 * heads)[::-2],
+        "table": rng.standard_normal((batch, heads_kv, longest))[..., ::-1],
+        "shift": rng.standard_normal(()),
+    }
+    return {name: x.astype(numpy_dtype(dtype), order="K") for name, x in reals.items()} | {
+        "doc": np.sort(rng.integers(0, 200, longest)).astype(np.uint8),
+        "seen": rng.random((batch, seqlen_q, seqlen_k)) < 0.7,
+        "factor": 0.6,
+        "count": 3,
+    }
+
+
+def make_mod(arrays, *texts):
+    """Expressions one after the other, and those of the arrays that they name."""
+    kinds = {
+        name: Captured(getattr(x, "ndim", None), isinstance(x, float) or name in ("rel", "gate", "table", "shift"))
+        for name, x in arrays.items()
+    }
+    steps = [Expression(text, {name: kind for name, kind in kinds.items() if name in text}) for text in texts]
+    mod = Bound(steps[0], {name: arrays[name] for name in steps[0].captures})
+    for step in steps[1:]:
+        both, names = mod.expression.then(step)
+        mod = Bound(both, {**mod.values, **{names[name]: arrays[name] for name in step.captures}})
+    return mod
+
+
+MODS = {
+    "relative bias": ["score + rel[h, q_idx - k_idx + 4]"],
+    "gate": ["score * gate[h]"],
+    "soft cap": ["count * tanh(score / count) - factor * abs(q_idx - k_idx) / seqlen_k"],
+    "documents": ["score if doc[q_idx] == doc[k_idx] else -inf"],
+    "a mask and what only its pairs read": ["score + table[b, h_kv, k_idx] if seen[b, q_idx, k_idx] else -inf"],
+    "a mask without a derivative": ["score + log(gate[h] * (q_idx % 3 != k_idx % 2) + 0 * score)"],
+    "two steps": ["score * gate[h]", "tanh(score * gate[h_kv]) + shift * rel[b, k_idx]"],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize("name", MODS)
+def test_expressions(name, band, dtype):
+    mod = make_mod(make_arrays(SHAPE, dtype), *MODS[name])
+    check(make_problem(SHAPE, dtype, score=Score(mod=mod, first_batch=0), band=band))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("name", MODS)
+def test_expressions_with_every_option(name, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "MIN_PART", 256)
+    shape = (2, 4, 2, 300, 600, 8, 12)  # several parts of keys, and blocks of queries
+    score = Score(**{key: value for one in make_options(shape, dtype).values() for key, value in one.items()})
+    # Slopes so small that distant keys count, too.
+    mod, slopes = make_mod(make_arrays(shape, dtype), *MODS[name]), score.alibi_slopes / 100
+    score = score._replace(mod=mod, alibi_slopes=slopes)
+    check(make_problem(shape, dtype, score=score, band=Band(-250, 400)))
+
+
+def test_first_batch_is_the_number_of_an_entry():
+    shape = (3, 2, 1, 20, 30, 8, 8)
+    arrays = make_arrays(shape)
+    problem = make_problem(shape, score=Score(mod=make_mod(arrays, "score * (1 + b) + table[b, h_kv, k_idx % 7]")))
+    out, lse, gradients = check(problem)
+    last = slice(2, 3)
+    alone = problem._replace(score=problem.score._replace(first_batch=2))
+    alone = alone._replace(**{name: getattr(problem, name)[last] for name in ("q", "k", "v", "d_out", "d_lse")})
+    found = check(alone)
+    np.testing.assert_array_equal(found[0], out[last])
+    np.testing.assert_array_equal(found[1], lse[last])
+    captured = found[2].d_captured["table"]
+    assert not captured[:2].any()
+    np.testing.assert_allclose(captured[2], gradients.d_captured["table"][2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("poison", [0.0, np.nan, np.inf])
+def test_rows_that_see_nothing_by_an_expression(poison, with_sinks, dtype):
+    shape = (2, 4, 2, 300, 560, 16, 8)
+    text = "score * gate[h] + rel[h, k_idx % 9] if q_idx < 40 and b == 0 and k_idx < 520 else log(gate[h] * 0)"
+    sinks = np.array([1.0, -2.0, 0.5, 3.0])
+    arrays = make_arrays(shape)
+    arrays["gate"] = abs(arrays["gate"])
+    # -inf + inf is no number
+    bias = np.where(np.arange(560) < 520, 0, np.float32(np.inf))[None, None, None]
+    score = Score(mod=make_mod(arrays, text), bias=bias, sinks=sinks if with_sinks else None, softcap=2.0)
+    problem = make_problem(shape, dtype, score=score)
+    problem.k[:, :, 520:530], problem.v[:, :, 540:], problem.q[:, :, 200:] = poison, poison, poison
+    out, lse, gradients = check(problem)
+    for rows in (np.s_[0, :, 40:], np.s_[1]):
+        assert (out[rows] == 0).all()
+        assert (gradients.d_q[rows] == 0).all()
+        wanted = sinks[:, None] if with_sinks else -np.inf
+        np.testing.assert_allclose(lse[rows], np.broadcast_to(wanted, lse[rows].shape), rtol=1e-6)
+    for x in (*gradients[:4], *gradients.d_captured.values()):
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_gradients_of_what_is_captured_are_the_same_bits(name, monkeypatch):
+    shape = (2, 6, 3, 300, 2100, 8, 8)
+    problem = make_problem(shape, score=Score(mod=make_mod(make_arrays(shape), *MODS[name])), band=Band(None, 1800))
+    found = []
+    for threads in ("1", "4", "3"):
+        monkeypatch.setenv("CUFLASH_NUM_THREADS", threads)
+        found.append(results(problem))
+    for actual in found[1:]:
+        for one, other in zip(actual, found[0], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_gradients_of_what_is_captured_are_added_and_may_be_left_out():
+    mod = make_mod(make_arrays(SHAPE, "float64"), "score * gate[h] + shift", "score + rel[h, k_idx - q_idx]")
+    problem = make_problem(SHAPE, "float64", score=Score(mod=mod))
+    out, lse = forward(problem)
+    expected, moved = (backward(problem, out, lse, start).d_captured for start in (0.0, 3.0))
+    assert tuple(expected) == ("gate", "shift", "rel")
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(moved[name], gradient + 3, rtol=1e-12, atol=1e-12)
+    alone = {"rel": np.zeros((9, 4)).T}
+    others = [np.empty_like(x) for x in problem[:3]]
+    cpu.backward(
+        problem.d_out, *problem[:3], out, lse, problem.d_lse, *others,
+        band=problem.band, scale=problem.scale, score=problem.score, d_captured=alone,
+    )  # fmt: skip
+    np.testing.assert_array_equal(alone["rel"], expected["rel"])
 
 
 # ----------------------------------------------------------------------------------------------- hard numbers
@@ -403,7 +550,7 @@ def test_a_failure_leaves_nobody_waiting_for_a_turn(monkeypatch):
         backward(problem, out, lse)
 
 
-@pytest.mark.parametrize("name", ["plain bias", "alibi", "sinks", "dropout", "mask", "softcap"])
+@pytest.mark.parametrize("name", ["plain bias", "alibi", "sinks", "dropout", "mask", "softcap", "mod"])
 def test_memory_is_linear_in_the_lengths(name, monkeypatch):
     monkeypatch.setenv("CUFLASH_NUM_THREADS", "2")
 
@@ -416,6 +563,7 @@ def test_memory_is_linear_in_the_lengths(name, monkeypatch):
             "dropout": {"dropout_p": 0.5},
             "mask": {"mask": bias == 0},
             "softcap": {"softcap": 1.0},
+            "mod": {"mod": make_mod({"rel": np.zeros((2, 9))}, "tanh(score) + rel[h, q_idx - k_idx]")},
         }
         problem = make_problem((1, 2, 1, seqlen, seqlen, 8, 8), score=Score(**options[name]), band=Band(None, 0))
         tracemalloc.start()

@@ -19,10 +19,12 @@ import pytest
 from cuflash import arguments, configs, launch, plan, reference
 from cuflash.arguments import Options
 from cuflash.arrays import ArrayView, NumPyArrays
+from cuflash.expression import Bound
 from cuflash.problem import Problem
+from cuflash.score_mods import ScoreMod
 from cuflash.scores import Extras, Score
 from tests.emulator.device import Device, KernelError, Programs, compile_emulator, is_available
-from tests.strategies import Case, Operands, make_operands, ml_dtypes
+from tests.strategies import EXPRESSIONS, Case, Operands, make_mod, make_operands, ml_dtypes
 from tests.tolerance import Yardstick
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="needs g++ on Linux, x86-64")
@@ -213,7 +215,8 @@ SCORES = {
     "softcap and dropout in a fixed order": (),
     "bias, slopes and sinks": ("bias", "alibi_slopes", "sinks"),
     "mask": ("mask",),
-    "everything": ("mask", "bias", "alibi_slopes", "sinks"),
+    "expression": ("expression",),
+    "everything": ("curve", "mask", "bias", "alibi_slopes", "sinks"),
 }
 SCORE_RUNS = [
     *(("float16", arch, name) for arch in (80, 90) for name in SCORES),
@@ -265,7 +268,8 @@ def test_scores(
         window=case.window, softcap=2.0 if softened else None, dropout_p=0.25 if softened else 0.0,
         deterministic="order" in name,
     )  # fmt: skip
-    check_scores(case, arch, options, make_extras(case, SCORES[name], device.put), device)
+    mods = [make_mod(mod, case, device.put) for mod in SCORES[name] if mod in EXPRESSIONS]
+    check_scores(case, arch, options, make_extras(case, SCORES[name], device.put), device, *mods)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -304,12 +308,18 @@ def test_slopes_begin_with_the_nearest_keys(
     check_scores(case, 90, Options(q_offset=q_offset), extras, device)
 
 
-def check_scores(case: Case, arch: int, options: Options, extras: Extras, device: Device) -> None:
+def check_scores(
+    case: Case, arch: int, options: Options, extras: Extras, device: Device, mod: ScoreMod | None = None
+) -> None:
     """Judge out, LSE and all gradients of a call with that done to its scores."""
+    arrays = {} if mod is None else mod.arrays
+    if mod is not None:
+        options = options._replace(score_mod=mod.option)
+    bound = None if mod is None else Bound(mod.expression, {**mod.arrays, **mod.numbers})
     clean = make_operands(case)
     q_offset = case.seqlen_k - case.seqlen_q if options.q_offset is None else options.q_offset
     score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, q_offset, extras.sinks,
-                  options.dropout_p, 1 << 40, 3)  # fmt: skip
+                  options.dropout_p, 1 << 40, 3, bound)  # fmt: skip
     yardstick = Yardstick(clean.q, clean.k, clean.v, band=case.band, scale=case.softmax_scale, score=score)
 
     def view(array: np.ndarray, name: str) -> ArrayView:
@@ -319,14 +329,15 @@ def check_scores(case: Case, arch: int, options: Options, extras: Extras, device
     info = plan.DeviceInfo.of_arch(arch)
     views = [view(x, letter) for x, letter in zip((q, k, v), "qkv", strict=True)]
     extra_views = extras.map(view, Extras._fields)
-    call = arguments.forward(*views, None, options, extra_views)
+    captured = [view(x, name) for name, x in arrays.items()]
+    call = arguments.forward(*views, None, options, extra_views, captured)
     pointers = tuple(0 if x is None else device.address(x) for x in extras)
     seed = device.put(np.array([score.seed], np.uint64))
     of_seed = (0, device.address(seed)) if extras.mask is None else (score.seed, 0)
-    of_score = pointers, *of_seed, score.first_batch
+    of_score = pointers, *of_seed, score.first_batch, tuple(map(device.address, arrays.values()))
     out = device.put(np.full(yardstick.out.shape, np.nan, q.dtype))
     lse = device.put(np.full(yardstick.lse.shape, np.nan, np.float32))
-    strides = {"extras": call.extras, "itemsizes": call.itemsizes}
+    strides = {"extras": call.extras, "itemsizes": call.itemsizes, "captured": call.captured}
     run = launch.ForwardCall(call.problem, 0, *call.strides, device_info=info, **strides)
     lists = device.put(np.full(run.workspace_bytes, 0xFF, np.uint8))
     run(*map(device.address, (q, k, v, out, lse)), 1, *of_score, device.address(lists) if lists.size else 0)
@@ -337,9 +348,13 @@ def check_scores(case: Case, arch: int, options: Options, extras: Extras, device
     d_lse = device.put(d_lse.astype(np.float32))
     wanted = Extras(None, *(True if x is not None else None for x in extras[1:]))
     rest = [view(x, text) for x, text in ((out, "out"), (lse, "lse"), (d_lse, "d_lse"))]
-    call = arguments.backward(view(d_out, "d_out"), *views, *rest, options, extra_views, wanted)
+    reals = [name in mod.expression.real_arrays for name in arrays] if mod is not None else []
+    call = arguments.backward(
+        view(d_out, "d_out"), *views, *rest, options, extra_views, captured, wanted, reals
+    )  # fmt: skip
     gradients = [device.put(np.full(x.shape, np.nan, x.dtype)) for x in (q, k, v)]
-    back = launch.BackwardCall(call.problem, 0, *call.strides, device_info=info, d_bias=call.d_extras.bias, **strides)
+    strides |= {"d_bias": call.d_extras.bias, "wants_captured": call.d_captured}
+    back = launch.BackwardCall(call.problem, 0, *call.strides, device_info=info, **strides)
     workspace = device.put(np.full(back.workspace_bytes, 0xFF, np.uint8))
     heads = (case.batch, case.num_heads)
     sums = [
@@ -350,12 +365,19 @@ def check_scores(case: Case, arch: int, options: Options, extras: Extras, device
             strict=True,
         )
     ]
-    addresses = (0 if x is None else device.address(x) for x in sums)
-    back(*map(device.address, (d_out, q, k, v, out, lse, d_lse, *gradients, workspace)), 1, *of_score, *addresses)
+    d_captured = {
+        name: device.put(np.zeros(x.shape, np.float32)) if is_real else None
+        for (name, x), is_real in zip(arrays.items(), reals, strict=True)
+    }
+    addresses = [0 if x is None else device.address(x) for x in sums]
+    by_captured = tuple(0 if x is None else device.address(x) for x in d_captured.values())
+    pointers = map(device.address, (d_out, q, k, v, out, lse, d_lse, *gradients, workspace))
+    back(*pointers, 1, *of_score, *addresses, by_captured)
     d_bias, slope_sums, sink_sums = sums
     found = reference.Gradients(
         *gradients, d_bias, None if slope_sums is None else slope_sums.sum(-1),
         None if sink_sums is None else sink_sums.sum((0, 2)),
+        {name: x for name, x in d_captured.items() if x is not None},
     )  # fmt: skip
     yardstick.assert_backward(clean.d_out, found, d_lse=d_lse)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cuflash.expression import Captured, Expression, evaluate, to_cuda
+from cuflash.expression import Captured, Dual, Evaluator, Expression, _NumPy, evaluate, to_cuda
 
 ARRAYS = {
     "rel": np.linspace(-0.93, 1.07, 5),
@@ -22,7 +23,7 @@ ARRAYS = {
     "slope": 0.3,
 }
 AXES = {
-    "rel": Captured(1, True), "table": Captured(2, True), "ids": Captured(1, False), "slope": Captured(0, True)
+    "rel": Captured(1, True), "table": Captured(2, True), "ids": Captured(1, False), "slope": Captured(None, True)
 }  # fmt: skip
 
 
@@ -62,6 +63,36 @@ def test_values_are_those_of_numpy(text: str) -> None:
     np.testing.assert_allclose(found.score, np.broadcast_to(CASES[text](s, at["h"], at["q_idx"], at["k_idx"]), s.shape))
 
 
+@pytest.mark.parametrize("text", [*CASES, "min(h, 2) * sqrt(k_idx) / 3 + score ** k_idx", "q_idx // 3 + k_idx"])
+def test_nothing_becomes_float64(text: str) -> None:
+    class Watched(Evaluator):
+        def visit(self, node: ast.expr) -> Dual:
+            dual = super().visit(node)
+            for x in (dual.value, *dual.partials.values()):
+                assert isinstance(x, (int, float)) or x.dtype in (np.float32, np.int64, bool), ast.unparse(node)
+            return dual
+
+    score = draw_score().astype(np.float32)
+    arrays = {name: x.astype(np.float32) if name in ("rel", "table") else x for name, x in ARRAYS.items()}
+    Watched(Expression(text, AXES), _NumPy(arrays, score.dtype), score, {**indices(), "slope": 0.3})
+    found = evaluate(Expression(text, AXES), score, indices(), arrays)
+    assert {x.dtype for x in (found.score, found.by_score, *(by for *_, by in found.reads))} == {score.dtype}
+
+
+def test_what_is_true_counts_as_one() -> None:
+    score, at = draw_score(), indices()
+    found = evaluate(Expression("-(q_idx > k_idx) + (h > 0) + (score > 0) * seen[k_idx]", {"seen": Captured(1, False)}),
+                     score, at, {"seen": np.arange(5) > 2})  # fmt: skip
+    wanted = (at["h"] > 0) - 1 * (at["q_idx"] > at["k_idx"]) + 1 * ((score > 0) & (at["k_idx"] > 2))
+    np.testing.assert_array_equal(found.score, wanted)
+
+
+def test_small_integers_do_not_overflow() -> None:
+    expression = Expression("score * 0 + (ids[k_idx] - 200) * 1000", {"ids": Captured(1, False)})
+    found = evaluate(expression, draw_score(), indices(), {"ids": np.arange(5, dtype=np.uint8)})
+    np.testing.assert_array_equal(found.score[0, 0], 1000 * (np.arange(5) - 200))
+
+
 #: Functions that programs expect, and arrays as they expect them; prints value, derivative, and that by each read.
 PREAMBLE = """
 #include <cmath>
@@ -75,6 +106,7 @@ struct Math {
     static double sin(double x) { return std::sin(x); }
     static double cos(double x) { return std::cos(x); }
     static double tanh(double x) { return std::tanh(x); }
+    static double divide(double x, double y) { return x / y; }
     static double power(double x, double y) { return std::pow(x, y); }
     static double abs(double x) { return std::fabs(x); }
     static int abs(int x) { return x < 0 ? -x : x; }
@@ -103,9 +135,10 @@ def run_as_cxx(texts: list[str], score: np.ndarray, at: dict[str, Any], folder: 
     source += f"static double const slope = {ARRAYS['slope']};\n"
     names = "b", "h", "h_kv", "q_idx", "k_idx", "seqlen_q", "seqlen_k"
     for number, text in enumerate(texts):
-        program = to_cuda(Expression(text, AXES))
+        program = to_cuda(Expression(text, AXES), {name: name for name in AXES})
         results = [program.score, program.by_score, *(by for *_, by in program.reads)]
         source += f"static void f{number}(double score, {', '.join(f'int {name}' for name in names)}) {{\n"
+        source += "double const q_real = q_idx, k_real = k_idx;\n"
         source += program.statements + "\n" + "".join(f'printf("%.17g ", double({x}));' for x in results)
         source += 'printf("\\n"); }\n'
     calls = "".join(f"f{number}(score, i[0], i[1], i[2], i[3], i[4], i[5], i[6]);" for number in range(len(texts)))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import cuflash
 from cuflash import arrays, cpu, functional, reference
 from cuflash.arrays import ArrayView, NumPyArrays
+from cuflash.expression import Bound
 from cuflash.scores import NO_EXTRAS, Extras, Score, make_band
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -342,6 +343,11 @@ def test_merging_nothing_says_nothing():
 # ------------------------------------------------------------------------------------------- a device, on the host
 
 
+def c_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements."""
+    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+
+
 def at(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> np.ndarray:
     """Array at an address, with strides in elements."""
     dtype = np.dtype(dtype)
@@ -373,7 +379,21 @@ class HostLaunches:
         shape, strides = (problem.batch, heads, seqlen), (heads * seqlen, seqlen, 1)
         return at(pointer, shape, strides, problem.lse_dtype) if pointer else None
 
-    def score(self, problem: Any, strides: Extras, pointers: Any, seed: int, seed_at: int, first_batch: int) -> Score:
+    def bind(self, problem: Any, captured: Any, pointers: Any) -> Bound | None:
+        f = problem.features
+        if f.mod is None:
+            return None
+        arrays = {
+            name: at(pointer, array.shape, array.strides, dtype)
+            for (name, dtype), array, pointer in zip(f.mod.dtypes, captured, pointers, strict=True)
+        }
+        numbers = iter(f.mod_numbers)
+        names = f.mod.expression.captures
+        return Bound(f.mod.expression, {name: arrays[name] if name in arrays else next(numbers) for name in names})
+
+    def score(
+        self, problem: Any, strides: Extras, pointers: Any, seed: int, seed_at: int, first_batch: int, mod: Any
+    ) -> Score:
         f = problem.features
         if seed_at:
             assert seed == 0
@@ -385,7 +405,7 @@ class HostLaunches:
             at(pointer, size, own, dtype) if pointer else None
             for pointer, size, own, dtype in zip(pointers, shapes, strides, dtypes, strict=True)
         )
-        return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch)
+        return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch, mod)
 
     def ForwardCall(
         self,
@@ -394,6 +414,7 @@ class HostLaunches:
         *strides: tuple[int, ...],
         extras: Extras = NO_EXTRAS,
         itemsizes: Extras = NO_EXTRAS,
+        captured: Any = (),
     ) -> Any:
         def call(
             q: int,
@@ -406,13 +427,15 @@ class HostLaunches:
             seed: int = 0,
             seed_at: int = 0,
             first: int = 0,
+            captures: Any = (),
             workspace: int = 0,
         ) -> None:
             assert bool(workspace) == bool(call.workspace_bytes)
             self.log.append(("forward", device, stream))
             addressed = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
             parts = [self.operand(problem, *each) for each in addressed]
-            score = self.score(problem, extras, pointers, seed, seed_at, first)
+            mod = self.bind(problem, captured, captures)
+            score = self.score(problem, extras, pointers, seed, seed_at, first, mod)
             cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale, score=score)
 
         call.workspace_bytes = 64 if problem.features.mask else 0
@@ -425,11 +448,15 @@ class HostLaunches:
         *strides: tuple[int, ...],
         extras: Extras = NO_EXTRAS,
         itemsizes: Extras = NO_EXTRAS,
+        captured: Any = (),
         d_bias: Any = None,
+        wants_captured: Any = (),
     ) -> Any:
         def call(*pointers: Any) -> None:
             operands, (workspace, stream), rest = pointers[:10], pointers[10:12], pointers[12:]
-            extra_pointers, seed, seed_at, first, *sums = rest or ((0,) * 4, 0, 0, 0, 0, 0, 0)
+            f = problem.features
+            nothing = (0,) * 4, 0, 0, 0, (), 0, 0, 0, ()
+            extra_pointers, seed, seed_at, first, captures, *sums, by_captured = rest or nothing
             at(workspace, (64,), (1,), "uint8")[...] = 1
             self.log.append(("backward", device, stream))
             lse, d_lse = (self.lse(problem, pointer) for pointer in operands[5:7])
@@ -447,10 +474,17 @@ class HostLaunches:
                 bias_sum = bias_sum[tuple(slice(0, 1) if n == 0 else slice(None) for n in bias_sum.strides)]
             if sink_sums is not None:
                 sink_sums = sink_sums[0]  # the others are zeros, and so is their share of the sum
-            score = self.score(problem, extras, extra_pointers, seed, seed_at, first)
+            mod = self.bind(problem, captured, captures)
+            score = self.score(problem, extras, extra_pointers, seed, seed_at, first, mod)
+            assert [bool(pointer) for pointer in by_captured] == list(wants_captured)
+            d_captured = {
+                name: at(pointer, array.shape, c_order(array.shape), problem.lse_dtype)
+                for (name, _), array, pointer in zip(f.mod.dtypes if f.mod else (), captured, by_captured, strict=True)
+                if pointer
+            }
             cpu.backward(
                 *parts[:5], lse, d_lse, *parts[5:], band=problem.band, scale=problem.scale, score=score,
-                d_bias=bias_sum, d_alibi_slopes=slope_sums, d_sinks=sink_sums,
+                d_bias=bias_sum, d_alibi_slopes=slope_sums, d_sinks=sink_sums, d_captured=d_captured,
             )  # fmt: skip
 
         call.workspace_bytes = 64
@@ -564,18 +598,32 @@ def test_device_calls_change_scores_as_host_calls_do(device, shapes, extras, lay
         "alibi_slopes": random(*extras[2], seed=7).astype(np.float32),
         "sinks": random(num_heads, seed=8),
     }
+    captured = {
+        "gate": random(num_heads, seed=9), "table": random(7, 20, seed=10)[:, ::2].astype(np.float16),
+        "numbers": np.arange(7) // 2,
+    }  # fmt: skip
+
+    def mod(**arrays):
+        return cuflash.score_mod("score * gate[h] + x * table[b, numbers[k_idx]] * q_idx", x=0.5, **arrays)
+
     options = {"softcap": 2.0, "dropout_p": 0.25, "seed": 1 << 50, "is_causal": True, "layout": layout}
+    of_score["score_mod"] = mod(**captured)
     out, lse = cuflash.attention(q, k, v, return_lse=True, **of_score, **options)
     d_out, d_lse = random(*out.shape, seed=3), random(*lse.shape, seed=4)
-    gradients = cuflash.attention_backward(d_out, q, k, v, out, lse, d_lse=d_lse, **of_score, **options)
-    assert [x.dtype for x in gradients] == [np.float64, np.float64, np.float64, np.float32, np.float64, np.float32]
+    *gradients, d_captured = cuflash.attention_backward(d_out, q, k, v, out, lse, d_lse=d_lse, **of_score, **options)
+    gradients += [d_captured.pop("gate"), d_captured.pop("table")]
+    assert not d_captured
+    dtypes = np.float64, np.float64, np.float64, np.float32, np.float64, np.float32, np.float64, np.float16
+    assert tuple(x.dtype for x in gradients) == dtypes
 
-    there = {name: array.view(DeviceArray) for name, array in of_score.items()}
+    there = {name: array.view(DeviceArray) for name, array in of_score.items() if name != "score_mod"}
+    there["score_mod"] = mod(**{name: array.view(DeviceArray) for name, array in captured.items()})
     operands = [x.view(DeviceArray) for x in (d_out, q, k, v, out, lse)]
     found, found_lse = cuflash.attention(*operands[1:4], return_lse=True, **there, **options)
     np.testing.assert_array_equal(found, out)
     np.testing.assert_array_equal(found_lse, lse)
-    found = cuflash.attention_backward(*operands, d_lse=d_lse.view(DeviceArray), **there, **options)
+    *found, d_captured = cuflash.attention_backward(*operands, d_lse=d_lse.view(DeviceArray), **there, **options)
+    found += [d_captured["gate"], d_captured["table"]]
     for actual, desired in zip(found, gradients, strict=True):
         assert actual.dtype == desired.dtype
         np.testing.assert_allclose(actual, desired, rtol=1e-6 if desired.dtype == np.float32 else 1e-12, atol=1e-12)

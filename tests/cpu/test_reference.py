@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cuflash import reference
+from cuflash.expression import Bound, Captured, Expression
 from cuflash.scores import Band, Score
 
 BANDS = {
@@ -150,23 +151,65 @@ SCORES = {
 }  # fmt: skip
 
 
+ARRAYS = {
+    "rel": RNG.standard_normal((4, 9)),
+    "gate": 1 + 0.2 * RNG.standard_normal(4),
+    "shift": RNG.standard_normal(()),
+    "doc": np.array([0, 0, 1, 1, 2, 2]),
+    "factor": 0.7,
+}
+CAPTURED = {
+    "rel": Captured(2, True), "gate": Captured(1, True), "shift": Captured(0, True), "doc": Captured(1, False),
+    "factor": Captured(None, True),
+}  # fmt: skip
+
+
+def bound(*texts):
+    """Expressions one after the other, with the arrays that they name."""
+    first, *others = (
+        Expression(text, {name: found for name, found in CAPTURED.items() if name in text}) for text in texts
+    )
+    values = {name: ARRAYS[name] for name in first.captures}
+    for other in others:
+        first, names = first.then(other)
+        values |= {names[name]: ARRAYS[name] for name in other.captures}
+    return Bound(first, values)
+
+
+SCORES |= {
+    "relative bias": Score(mod=bound("score + rel[h, q_idx - k_idx + 4]")),
+    "gate and shift": Score(mod=bound("score * gate[h] + factor * shift")),
+    "documents": Score(mod=bound("score if doc[q_idx] == doc[k_idx] else -inf")),
+    "hidden with no derivative": Score(mod=bound("score + log(gate[h] * (q_idx != k_idx) * (b + 1))")),
+    "two steps": Score(mod=bound("score * gate[h]", "tanh(score * gate[h_kv]) + rel[b, k_idx]"), first_batch=1),
+    "all and an expression": SCORES["all"]._replace(mod=bound("score ** 2 / seqlen_k if q_idx != 2 * b else -inf")),
+}
+
+
 @pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 def test_gradients_of_options_are_finite_differences(score, band):
     rng = np.random.default_rng(2)
     inputs = operands(rng)
     names = [name for name in ("bias", "alibi_slopes", "sinks") if getattr(score, name) is not None]
-    leaves = [*inputs, *(getattr(score, name) for name in names)]
+    captured = () if score.mod is None else score.mod.expression.real_arrays
+    leaves = [*inputs, *(getattr(score, name) for name in names), *(score.mod.values[name] for name in captured)]
 
     def results(q, k, v, *others):
-        here = score._replace(**dict(zip(names, others, strict=True)))
+        here = score._replace(**dict(zip(names, others, strict=False)))
+        if score.mod is not None:
+            values = zip(captured, others[len(names) :], strict=True)
+            here = here._replace(mod=score.mod._replace(values={**score.mod.values, **dict(values)}))
         return reference.attention(q, k, v, band=band, scale=0.7, score=here)
 
     out, lse = results(*leaves)
     d_out, d_lse = rng.standard_normal(out.shape), np.where(np.isfinite(lse), rng.standard_normal(lse.shape), 0)
     found = reference.attention_backward(d_out, *inputs, band=band, scale=0.7, score=score, d_lse=d_lse)
     gradients = [*found[:3], *(getattr(found, f"d_{name}") for name in names)]
-    assert sum(gradient is not None for gradient in found) == len(gradients)
+    assert sum(gradient is not None for gradient in found[:-1]) == len(gradients)
+    assert (found.d_captured is None) == (score.mod is None)
+    assert tuple(found.d_captured or ()) == captured
+    gradients += [found.d_captured[name] for name in captured]
     for which, gradient in enumerate(gradients):
         assert gradient.shape == leaves[which].shape
         direction, step = rng.standard_normal(gradient.shape), 1e-5
@@ -230,6 +273,44 @@ def test_a_bias_of_minus_infinity_is_a_mask():
         gradients = reference.attention_backward(d_out, q, k, v, scale=1.0, score=score)
         results.append((*reference.attention(q, k, v, scale=1.0, score=score), *gradients[:3], gradients.d_sinks))
         assert gradients.d_bias is None or (gradients.d_bias[~seen] == 0).all()
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert not np.isnan(one).any()
+
+
+def test_an_expression_by_hand():
+    """Where it comes among the others, and what numbers it sees."""
+    q, v = np.ones((2, 2, 1, 1)), np.ones((2, 1, 2, 1))
+    k = np.array([1.0, 2.0] * 2).reshape(2, 1, 2, 1)
+    mod = bound("1000 * b + 100 * h + 10 * h_kv + k_idx + 7 * q_idx + score * seqlen_k * seqlen_q")
+    score = Score(softcap=3.0, bias=np.array([0.5, -0.25]), mod=mod, first_batch=5)
+    _, lse = reference.attention(q, k, v, scale=1.0, score=score)
+    b, h = np.arange(2)[:, None, None, None], np.arange(2)[:, None, None]
+    scores = 1000 * (5 + b) + 100 * h + np.arange(2) + 2 * 3 * np.tanh(np.array([1, 2]) / 3) + [0.5, -0.25]
+    np.testing.assert_allclose(lse, np.logaddexp(scores[..., 0], scores[..., 1]), rtol=1e-14)
+
+
+def test_an_expression_that_is_minus_infinity_is_a_mask():
+    rng = np.random.default_rng(8)
+    q, k, v = operands(rng)
+    d_out = rng.standard_normal((2, 4, 5, 4))
+    seen = rng.random((4, 5, 6)) < 0.6
+    seen[:, 2], seen[..., 4] = False, False
+    k[:, :, 4], v[:, :, 4] = np.nan, np.inf  # which nobody sees
+    bias = np.where(seen, 0.0, np.inf)  # nor is this: -inf + inf is no number
+    captured = {"seen": Captured(3, False), "one": Captured(3, True)}
+    # The derivative by hidden elements is not finite, either.
+    mod = Bound(
+        Expression("score * one[h, q_idx, k_idx] if seen[h, q_idx, k_idx] else log(one[0, 0, 0] * 0)", captured),
+        {"seen": seen, "one": np.ones((4, 5, 6))},
+    )
+    results = []
+    for score in (Score(mask=seen), Score(mod=mod, bias=bias)):
+        score = score._replace(softcap=2.0, sinks=np.array([0.5, -np.inf, 1.0, -np.inf]))
+        gradients = reference.attention_backward(d_out, q, k, v, scale=1.0, score=score)
+        results.append((*reference.attention(q, k, v, scale=1.0, score=score), *gradients[:3], gradients.d_sinks))
+    assert (gradients.d_captured["one"][~seen] == 0).all()
+    assert (gradients.d_bias[~seen] == 0).all()
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
         assert not np.isnan(one).any()

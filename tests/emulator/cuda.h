@@ -51,6 +51,13 @@ template <class T>
 T __ldcg(T const* pointer) {
     return *pointer;
 }
+template <class T>
+T atomicAdd(T* pointer, T x) {
+    emulator::pause(64);
+    T const before = *pointer;
+    *pointer = before + x;
+    return before;
+}
 inline float __uint_as_float(u32 bits) { return std::bit_cast<float>(bits); }
 inline u32 __float_as_uint(float x) { return std::bit_cast<u32>(x); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }

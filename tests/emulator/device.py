@@ -101,7 +101,7 @@ class Programs:
             '#include "cuda.h"\n'
             f"{entry}"
             "char smem[1];  // never touched: only its address is asked for\n"
-            f"static {config.params} parameters;\n"
+            f"static {compiler.params_type(config)} parameters;\n"
             "int main(int, char** arguments) {\n"
             f"    auto const kernel = [] {{ {config.name}(parameters); }};\n"
             f"    emulator::Launch const launch{{{config.threads}, {config.smem_bytes}, kernel}};\n"
@@ -151,7 +151,7 @@ class Device:
         assert (threads, shared_bytes) == (config.threads, config.smem_bytes)
         parameters = self._folder / f"{config.name}.params"
         block = ctypes.c_uint64.from_address(pointers).value
-        parameters.write_bytes(ctypes.string_at(block, params.PARAMS[config.params].itemsize))
+        parameters.write_bytes(ctypes.string_at(block, params.block_dtype(config.params, config.mod).itemsize))
         program = self._programs.of(config)
         # What tells launches apart is the seed of their schedule, and it comes as stream.
         words = [str(word) for word in (program, self._folder / "memory", _ADDRESS, parameters, grid, stream)]

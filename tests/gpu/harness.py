@@ -17,8 +17,8 @@ import pytest
 import cuflash
 from cuflash import compile as compiler
 from cuflash import plan
-from cuflash.problem import Features, Problem
-from tests.strategies import DTYPES, STORAGES, Case, make_operands
+from cuflash.problem import Features, Mod, Problem
+from tests.strategies import DTYPES, EXPRESSIONS, STORAGES, Case, make_mod, make_operands
 from tests.tolerance import Yardstick
 
 cupy = pytest.importorskip("cupy")
@@ -139,13 +139,21 @@ class ScoreFamily:
     def sum_dtype(self) -> str:
         return "float64" if self.dtype == "float64" else "float32"
 
+    @property
+    def mod(self) -> Mod | None:
+        name = next((name for name in self.names if name in EXPRESSIONS), None)
+        if name is None:
+            return None
+        made = make_mod(name, Case(self.dtype))
+        return Mod(made.expression, tuple((key, str(array.dtype)) for key, array in made.arrays.items()))
+
     def plans(self) -> Iterator[plan.Plan]:
         """Plans of few and of many queries, in rows that are copied by vectors or by elements."""
         has = self.names.__contains__
         features = Features(
             2.0 if has("softcap") else None, (True, True, True, True) if has("mask") else None,
             self.bias_dtype if has("bias") else None, self.sum_dtype if has("alibi_slopes") else None, 0,
-            self.sum_dtype if has("sinks") else None, 0.1 if has("dropout") else 0.0,
+            self.sum_dtype if has("sinks") else None, 0.1 if has("dropout") else 0.0, self.mod,
         )  # fmt: skip
         device = plan.DeviceInfo.current(0)
         for seqlen, is_vectorized in itertools.product((20, 200), (True, False)):
@@ -154,7 +162,10 @@ class ScoreFamily:
                 vectorized=is_vectorized,
             )  # fmt: skip
             yield plan.plan_forward(problem, device, self.path)
-            yield from plan.plan_backward(problem, device, self.path)
+            backward = plan.plan_backward(problem, device, self.path)
+            yield from backward
+            if features.mod is not None:
+                yield plan.plan_captured(backward[1], problem, device)
 
 
 def warm(case: Case | ScoreFamily) -> None:

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 import cuflash
 from cuflash import arrays, reference, rng
+from cuflash import compile as compiler
+from cuflash.expression import Bound
 from cuflash.scores import Score
 from tests.gpu.harness import ScoreFamily, assert_same_bits, cupy
-from tests.strategies import DTYPES, Case, cases, make_operands
+from tests.strategies import DTYPES, EXPRESSIONS, Case, cases, make_mod, make_operands
 from tests.tolerance import Yardstick
 
 #: Names of the options of a call.
@@ -27,6 +29,8 @@ SETS = (
     ("softcap", "alibi_slopes"),
     ("sinks", "dropout"),
     ("mask", "bias", "alibi_slopes", "sinks", "softcap", "dropout"),
+    ("expression",),
+    ("curve", "mask", "bias", "alibi_slopes", "sinks", "softcap", "dropout"),
 )
 #: Paths (`CUFLASH_KERNEL`) that a dtype can take beside the planner's own.
 PATHS = {
@@ -82,6 +86,10 @@ def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
     for name in ("mask", "bias", "alibi_slopes", "sinks"):
         if name in made:
             made[name] = cupy.asarray(made[name])
+    for name in EXPRESSIONS:
+        if name in names:
+            mod = make_mod(name, case, cupy.asarray)
+            made["mod"] = Bound(mod.expression, {**mod.arrays, **mod.numbers})
     q_offset = case.seqlen_k - case.seqlen_q if case.q_offset is None else case.q_offset
     return Score(**made)._replace(q_offset=q_offset)
 
@@ -108,6 +116,7 @@ def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
     options = {
         **case.options, "mask": score.mask, "bias": score.bias, "alibi_slopes": score.alibi_slopes,
         "sinks": score.sinks, "softcap": score.softcap, "dropout_p": score.dropout_p, "seed": score.seed,
+        "score_mod": score.mod and cuflash.score_mod(score.mod.expression.text, **score.mod.values),
     }  # fmt: skip
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
     d_lse = None
@@ -122,7 +131,7 @@ def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
     yardstick = Yardstick(*arranged[:3], band=case.band, scale=case.softmax_scale, score=two_axes)
     yardstick.assert_forward(arranged[4], lse)
     d_slopes = None if slopes is None else found.d_alibi_slopes.reshape(-1, case.num_heads)
-    gradients = reference.Gradients(*arranged[5:], found.d_bias, d_slopes, found.d_sinks)
+    gradients = reference.Gradients(*arranged[5:], found.d_bias, d_slopes, found.d_sinks, found.d_captured)
     yardstick.assert_backward(arranged[3], gradients, d_lse=d_lse)
 
 
@@ -185,3 +194,45 @@ def test_dropout_mask_is_the_same_everywhere(dim: int, path: str, monkeypatch: p
     found = cuflash.attention_backward(d_out, q, k, v, out, lse, dropout_p=dropout_p, seed=seed)
     rows = min(dim, 150)
     np.testing.assert_array_equal(cupy.asnumpy(found.d_v)[:, :, :, :rows] != 0, mask[:, :, :rows].swapaxes(2, 3))
+
+
+@pytest.mark.parametrize("path", ["auto", "mma", "simt"])
+def test_expressions_of_long_sequences(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients by captured arrays are sums over many tiles, of elements that few or all pairs read."""
+    monkeypatch.setenv("CUFLASH_KERNEL", path)
+    arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
+    sizes = {"num_heads": 4, "num_heads_kv": 2, "seqlen_q": 1100, "seqlen_k": 1300, "head_dim": 64, "head_dim_v": 64}
+    case = Case("float16", batch=2, **sizes)
+    table = cupy.random.default_rng(0).standard_normal((32, 4), dtype=np.float32)
+    for mod in (
+        make_mod("expression", case, cupy.asarray),
+        cuflash.score_mods.t5_bias(table) >> cuflash.score_mods.sigmoid_gate(table[0]),
+    ):
+        check(case, Score(mod=Bound(mod.expression, {**mod.arrays, **mod.numbers})), with_d_lse=True)
+
+
+def test_other_numbers_and_arrays_compile_nothing() -> None:
+    q, k, v = cupy.random.default_rng(0).standard_normal((3, 2, 50, 64)).astype(np.float16)
+    kernels = set()
+    for number in (1.0, 2.0, -3.5):
+        table = cupy.full((2, 50 + int(number)), number, np.float32)
+        mod = cuflash.score_mod("score * x + table[h, k_idx]", x=number, table=table)
+        out, lse = cuflash.attention(q, k, v, score_mod=mod, return_lse=True)
+        cuflash.attention_backward(out, q, k, v, out, lse, score_mod=mod)
+        kernels.add(compiler.loaded_kernels())
+    assert len(kernels) == 1
+
+
+def test_captured_arrays_of_another_place() -> None:
+    q = cupy.zeros((2, 50, 64), np.float16)
+    with pytest.raises(TypeError, match="score_mod: table"):
+        cuflash.attention(q, q, q, score_mod=cuflash.score_mod("score + table[h]", table=np.zeros(2)))
+    torch = pytest.importorskip("torch")
+    q = torch.zeros((2, 50, 64), device="cuda", dtype=torch.float16)
+    with pytest.raises(ValueError, match="score_mod: table: got an array on the CPU, wanted it on cuda:0"):
+        cuflash.attention(q, q, q, score_mod=cuflash.score_mod("score + table[h]", table=torch.zeros(2)))
+    q, table = cupy.zeros((2, 50, 64), np.float16), cupy.zeros(2, np.float32)
+    mod = cuflash.score_mod("score + table[h]", table=table)
+    out, lse = cuflash.attention(q, q, q, score_mod=mod, return_lse=True)
+    with pytest.raises(NotImplementedError, match="deterministic: got True for the gradient by an array that score_"):
+        cuflash.attention_backward(out, q, q, q, out, lse, score_mod=mod, deterministic=True)
