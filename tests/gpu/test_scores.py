@@ -54,6 +54,11 @@ def broadcastable(draw: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     return kept[draw(st.integers(0, len(shape) - 1)) :]
 
 
+def bound(mod: cuflash.ScoreMod) -> Bound:
+    """What the reference takes for it."""
+    return Bound(mod.expression, {**mod.arrays, **mod.numbers})
+
+
 @st.composite
 def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
     """The family's options, with arrays on the device."""
@@ -88,8 +93,7 @@ def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
             made[name] = cupy.asarray(made[name])
     for name in EXPRESSIONS:
         if name in names:
-            mod = make_mod(name, case, cupy.asarray)
-            made["mod"] = Bound(mod.expression, {**mod.arrays, **mod.numbers})
+            made["mod"] = bound(make_mod(name, case, cupy.asarray))
     q_offset = case.seqlen_k - case.seqlen_q if case.q_offset is None else case.q_offset
     return Score(**made)._replace(q_offset=q_offset)
 
@@ -113,10 +117,19 @@ def test_any_call(family: ScoreFamily, data: st.DataObject, with_d_lse: bool) ->
 def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
     """Judge out, LSE and all gradients of a call by the one tolerance rule."""
     q, k, v, d_out = make_operands(case, cupy.asarray)
+    mod = None
+    if score.mod is not None:
+        expression, values = score.mod
+        numbers = {name for name, found in expression.captures.items() if found.num_axes is None}
+        mod = cuflash.ScoreMod(
+            expression,
+            {name: values[name] for name in values if name not in numbers},
+            {name: values[name] for name in values if name in numbers},
+        )
     options = {
         **case.options, "mask": score.mask, "bias": score.bias, "alibi_slopes": score.alibi_slopes,
         "sinks": score.sinks, "softcap": score.softcap, "dropout_p": score.dropout_p, "seed": score.seed,
-        "score_mod": score.mod and cuflash.score_mod(score.mod.expression.text, **score.mod.values),
+        "score_mod": mod,
     }  # fmt: skip
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
     d_lse = None
@@ -208,7 +221,7 @@ def test_expressions_of_long_sequences(path: str, monkeypatch: pytest.MonkeyPatc
         make_mod("expression", case, cupy.asarray),
         cuflash.score_mods.t5_bias(table) >> cuflash.score_mods.sigmoid_gate(table[0]),
     ):
-        check(case, Score(mod=Bound(mod.expression, {**mod.arrays, **mod.numbers})), with_d_lse=True)
+        check(case, Score(mod=bound(mod)), with_d_lse=True)
 
 
 def test_other_numbers_and_arrays_compile_nothing() -> None:
