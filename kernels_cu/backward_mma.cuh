@@ -253,6 +253,7 @@ CUFLASH_DEVICE void backward_mma(ParamsOf<cfg.score, BackwardParams> const& para
     constexpr int kCols = cfg.head_dim > cfg.head_dim_v ? cfg.head_dim : cfg.head_dim_v;
     float acc[kM][kCols / 8][4];  // dV of a value warp, dK of a key warp
     set_zero(acc);
+    u64 const seed = cfg.score.dropout ? params.score.current_seed() : 0;
     float slope_sum = 0.f;  // of the gradient of ALiBi's slope of the head
 #pragma unroll 1
     for (int i = 0; i <= num_tiles; ++i) {
@@ -312,7 +313,7 @@ CUFLASH_DEVICE void backward_mma(ParamsOf<cfg.score, BackwardParams> const& para
                         for (int m = 0; m < kM; ++m) {
                             int const k_first = params.score.first_key + k_begin + warp_row;
                             TransposedDraws const draws = transposed_draws(
-                                params.score.current_seed(), params.score.first_batch + batch, current.head,
+                                seed, params.score.first_batch + batch, current.head,
                                 (current.m_block * cfg.block_m + 8 * n) / 16, k_first / 16 + m, lane);
 #pragma unroll
                             for (int t = 0; t < 2; ++t)

@@ -60,6 +60,7 @@ struct BackwardConsumer {
     int const consumer;
     int const warp;
     int const lane;
+    u64 const seed;
     Position at;
     typename Steps::TilePosition tile;
 
@@ -160,7 +161,7 @@ struct BackwardConsumer {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
             TransposedDraws const draws =
-                transposed_draws(score.current_seed(), score.first_batch + work().batch(), steps.head(at),
+                transposed_draws(seed, score.first_batch + work().batch(), steps.head(at),
                                  steps.q_begin(at) / 16 + k, (score.first_key + steps.k_begin(at)) / 16 + warp, lane);
 #pragma unroll
             for (int n = 0; n < 2; ++n)
@@ -667,7 +668,8 @@ CUFLASH_DEVICE void backward_wgmma(ParamsOf<cfg.score, BackwardWgmmaParams> cons
         }
     } else {
         warpgroup_take_registers<240>();
-        BackwardConsumer<cfg> consumer{steps, warpgroup - 1, thread / 32, thread % 32, {}, {}};
+        u64 const seed = cfg.score.dropout ? params.score.current_seed() : 0;
+        BackwardConsumer<cfg> consumer{steps, warpgroup - 1, thread / 32, thread % 32, seed, {}, {}};
         if constexpr (cfg.by_role()) {
             consumer.by_role();
         } else {

@@ -120,6 +120,7 @@ CUFLASH_DEVICE void forward_mma(ParamsOf<cfg.score, ForwardParams> const& params
     using Changes = HeadScores<cfg.score, float, is_16bit(kMma)>;
     using Fetched = typename Changes::template Fetched<false, kN>;
     Changes const head_scores(params, batch, head);
+    u64 const seed = cfg.score.dropout ? params.score.current_seed() : 0;
     if constexpr (cfg.score.sinks)
         softmax.init_sink(*reinterpret_cast<float const*>(params.score.sinks.at(0, head)) * kLog2E / scale_log2, lane);
 
@@ -182,7 +183,7 @@ CUFLASH_DEVICE void forward_mma(ParamsOf<cfg.score, ForwardParams> const& params
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
                 DropoutDraws const draws =
-                    dropout_draws(params.score.current_seed(), params.score.first_batch + batch, head,
+                    dropout_draws(seed, params.score.first_batch + batch, head,
                                   (q_begin + warp_row) / 16 + m, k_first / 16, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j)

@@ -262,6 +262,7 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
 
     // Scores that are changed come out in units of log2.
     constexpr bool kChanged = cfg.score.changes();
+    u64 const seed = cfg.score.dropout ? params.score.current_seed() : 0;
     auto scale_log2 = [&] { return kChanged ? 1.f : params.scale_log2; };
     float o[1][kNV][4];
     FragmentA<kMma> p[kStepsPV];
@@ -346,7 +347,7 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
 #pragma unroll
             for (int t = 0; t < kN; t += 2) {
                 DropoutDraws const draws =
-                    dropout_draws(params.score.current_seed(), params.score.first_batch + here.batch, here.head,
+                    dropout_draws(seed, params.score.first_batch + here.batch, here.head,
                                   (q_begin + row) / 16, (params.score.first_key + n * cfg.block_n) / 16 + t / 2, lane);
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
