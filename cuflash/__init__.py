@@ -5,7 +5,15 @@ speaks DLPack; the result lives where the inputs live.
 """
 
 from . import score_mods
-from .functional import Gradients, attention, attention_backward, dropout_mask, merge_attention
+from .functional import (
+    Gradients,
+    attention,
+    attention_backward,
+    attention_received,
+    attention_weights,
+    dropout_mask,
+    merge_attention,
+)
 from .score_mods import ScoreMod, score_mod
 
 __version__ = "0.1.0"
@@ -15,6 +23,8 @@ __all__ = [
     "ScoreMod",
     "attention",
     "attention_backward",
+    "attention_received",
+    "attention_weights",
     "dropout_mask",
     "merge_attention",
     "score_mod",

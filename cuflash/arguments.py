@@ -62,7 +62,7 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One checked call, forward or backward.
+    """One checked call: forward, backward, or for weights.
 
     ``strides`` holds one tuple per operand, in the order of the kernel's arguments:
     (*loop, batch, head, row), in elements, where ``loop`` are the axes to launch over one by one.
@@ -88,6 +88,9 @@ class Call:
     #: The arrays that an expression captures, in its order; and whether gradients by them are asked for.
     captured: tuple[CapturedArray, ...] = ()
     d_captured: tuple[bool, ...] = ()
+    #: The queries whose weights are asked for, by their positions in the whole q, which is what ``problem`` and
+    #: ``strides`` are about. None where there is no row of results per query.
+    rows: range | None = None
 
     @property
     def has_rows(self) -> bool:
@@ -188,12 +191,8 @@ def backward(
         _check_like_q(view, q)
         _check_shape(view, shapes.out_shape, "the shape of the forward result")
         _check_last_axis(view)
-    lse_dtype = "float64" if q.dtype == "float64" else "float32"
     for statistic in (lse,) if d_lse is None else (lse, d_lse):
-        _check_shape(statistic, shapes.lse_shape, "(..., heads, seqlen_q) in either layout")
-        if statistic.dtype != lse_dtype:
-            raise TypeError(f"{statistic.name}: got dtype {statistic.dtype}, wanted {lse_dtype} for {q.dtype} inputs")
-        _check_device(statistic, q)
+        _check_statistic(statistic, q, shapes)
     gradient_shapes = (
         shapes.user_shape(shapes.num_heads, shapes.seqlen_q, shapes.head_dim),
         shapes.user_shape(shapes.num_heads_kv, shapes.seqlen_k, shapes.head_dim),
@@ -214,6 +213,43 @@ def backward(
             "fixed order; wanted False, or arrays on the CPU"
         )
     return replace(call, d_captured=tuple(wanted_captured))
+
+
+def weights(
+    q: ArrayView,
+    k: ArrayView,
+    lse: ArrayView,
+    rows: Any,
+    options: Options,
+    extras: Extras = NO_EXTRAS,
+    captured: Sequence[ArrayView] = (),
+) -> Call:
+    """Check a call for the weights of some queries. Operands: q, k; the result lies in C order, as the LSE does."""
+    call = received(q, k, lse, options, extras, captured)
+    chosen = _check_rows(rows, call.problem.seqlen_q)
+    return replace(call, out_shape=(*call.lse_shape[:-1], len(chosen), call.problem.seqlen_k), rows=chosen)
+
+
+def received(
+    q: ArrayView,
+    k: ArrayView,
+    lse: ArrayView,
+    options: Options,
+    extras: Extras = NO_EXTRAS,
+    captured: Sequence[ArrayView] = (),
+) -> Call:
+    """Check a call for the sums of weights over all queries. Operands and result are like those of ``weights``."""
+    shapes = _check_inputs(q, k, None, options)
+    try:
+        is_whole = numpy.broadcast_shapes(shapes.batch_shape, lse.shape[:-2]) == lse.shape[:-2]
+    except ValueError:
+        is_whole = False
+    if is_whole:
+        # Some of its axes may be those of values that had more of them than q and k.
+        shapes = replace(shapes, batch_shape=lse.shape[:-2], has_heads=shapes.has_heads or lse.ndim > 1)
+    _check_statistic(lse, q, shapes)
+    call = _call(shapes, [shapes.q, shapes.k], options, q, extras, captured)
+    return replace(call, out_shape=(*call.lse_shape[:-1], call.problem.seqlen_k))
 
 
 def check_device(problem: Problem, compute_capability: int, device: int) -> None:
@@ -294,7 +330,7 @@ class _Axes:
 
 @dataclass(frozen=True, slots=True)
 class _Shapes:
-    """q, k and v, checked against each other."""
+    """q, k and v, checked against each other; in a call that takes no values, the keys stand in for them."""
 
     q: _Axes
     k: _Axes
@@ -380,7 +416,7 @@ def _allocated(shape: tuple[int, ...], shapes: _Shapes) -> _Axes:
     )
 
 
-def _check_inputs(q: ArrayView, k: ArrayView, v: ArrayView, options: Options) -> _Shapes:
+def _check_inputs(q: ArrayView, k: ArrayView, v: ArrayView | None, options: Options) -> _Shapes:
     layout = options.layout
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, wanted 'bhsd' or 'bshd'")
@@ -390,7 +426,8 @@ def _check_inputs(q: ArrayView, k: ArrayView, v: ArrayView, options: Options) ->
             f"q: got dtype {q.dtype}, wanted float16, bfloat16, float32 or float64 (nearest supported: {nearest})"
         )
     least = 2 if layout == "bhsd" else 3
-    for view in (q, k, v):
+    views = (q, k) if v is None else (q, k, v)
+    for view in views:
         _check_like_q(view, q)
         if view.ndim < least:
             axes = "(..., seqlen, dim)" if layout == "bhsd" else "(..., seqlen, heads, dim)"
@@ -398,14 +435,14 @@ def _check_inputs(q: ArrayView, k: ArrayView, v: ArrayView, options: Options) ->
         if view.shape[-1] == 0:
             raise ValueError(f"{view.name}: got shape {view.shape}, wanted at least 1 element on the last axis")
         _check_last_axis(view)
-    q_axes, k_axes, v_axes = (_axes(view, layout) for view in (q, k, v))
+    q_axes, k_axes, v_axes = (_axes(view, layout) for view in (q, k, k if v is None else v))
     if k_axes.dim != q_axes.dim:
         raise ValueError(
             f"k: got shape {k.shape}, wanted {q_axes.dim} elements on the last axis as q has (shape {q.shape})"
         )
-    if v_axes.seqlen != k_axes.seqlen:
+    if v is not None and v_axes.seqlen != k_axes.seqlen:
         raise ValueError(f"v: got shape {v.shape}, wanted {k_axes.seqlen} rows as k has (shape {k.shape})")
-    if v_axes.heads != k_axes.heads:
+    if v is not None and v_axes.heads != k_axes.heads:
         raise ValueError(f"v: got shape {v.shape}, wanted {k_axes.heads} heads as k has (shape {k.shape})")
     if q_axes.heads % k_axes.heads if k_axes.heads else q_axes.heads:
         raise ValueError(
@@ -415,11 +452,12 @@ def _check_inputs(q: ArrayView, k: ArrayView, v: ArrayView, options: Options) ->
     try:
         batch_shape = numpy.broadcast_shapes(q_axes.batch_shape, k_axes.batch_shape, v_axes.batch_shape)
     except ValueError:
+        *first, last = (str(_axes(view, layout).batch_shape) for view in views)
         raise ValueError(
-            f"q, k, v: got batch axes {q_axes.batch_shape}, {k_axes.batch_shape} and {v_axes.batch_shape}, "
-            "wanted axes that broadcast"
+            f"{', '.join(view.name for view in views)}: got batch axes {', '.join(first)} and {last}, wanted axes that "
+            "broadcast"
         ) from None
-    has_heads = max(q.ndim, k.ndim, v.ndim) > 2
+    has_heads = max(view.ndim for view in views) > 2
     return _Shapes(q_axes, k_axes, v_axes, q.dtype, q.device, layout, batch_shape, has_heads)
 
 
@@ -432,6 +470,15 @@ def _check_like_q(view: ArrayView, q: ArrayView) -> None:
 def _check_device(view: ArrayView, q: ArrayView) -> None:
     if view.device != q.device:
         raise ValueError(f"{view.name}: got an array on {view.place}, wanted it on {q.place} as q is")
+
+
+def _check_statistic(view: ArrayView, q: ArrayView, shapes: _Shapes) -> None:
+    """Check an LSE, or what has its shape and dtype."""
+    _check_shape(view, shapes.lse_shape, "(..., heads, seqlen_q) in either layout")
+    dtype = "float64" if q.dtype == "float64" else "float32"
+    if view.dtype != dtype:
+        raise TypeError(f"{view.name}: got dtype {view.dtype}, wanted {dtype} for {q.dtype} inputs")
+    _check_device(view, q)
 
 
 def _check_shape(view: ArrayView, shape: tuple[int, ...], meaning: str) -> None:
@@ -720,6 +767,37 @@ def _check_band(options: Options, seqlen_q: int, seqlen_k: int) -> Band:
             )
     q_offset = None if options.q_offset is None else _check_int(options.q_offset, "q_offset")
     return make_band(is_causal, window, q_offset, seqlen_q, seqlen_k)
+
+
+def _check_rows(rows: Any, seqlen_q: int) -> range:
+    """The chosen queries by their positions, in ascending order."""
+    if rows is None:
+        return range(seqlen_q)
+    if isinstance(rows, slice):
+        try:
+            chosen = range(*rows.indices(seqlen_q))
+        except (TypeError, ValueError):
+            chosen = range(0, 0, -1)
+    elif isinstance(rows, range):
+        chosen = rows
+    else:
+        try:
+            row = operator.index(rows)
+        except TypeError:
+            row = None
+        if row is None or isinstance(rows, bool):
+            raise TypeError(f"rows: got {rows!r}, wanted None, an integer, a slice or a range")
+        if not -seqlen_q <= row < seqlen_q:
+            raise IndexError(f"rows: got {row}, wanted one of the {seqlen_q} queries")
+        chosen = range(row, row + 1)
+    if chosen.step <= 0:
+        raise TypeError(f"rows: got {rows!r}, wanted integers as bounds, and a step above 0")
+    if chosen and chosen[-1] < 0:
+        # All of them are counted from the end.
+        chosen = range(chosen[0] + seqlen_q, chosen[-1] + seqlen_q + 1, chosen.step)
+    if chosen and not (chosen[0] >= 0 and chosen[-1] < seqlen_q):
+        raise ValueError(f"rows: got {rows!r}, wanted some of the {seqlen_q} queries")
+    return chosen if chosen else range(0)
 
 
 def _check_bool(value: Any, name: str) -> bool:

@@ -513,6 +513,65 @@ class BackwardCapturedConfig(TileConfig):
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsConfig(Config):
+    """``weights.cuh``."""
+
+    mma: str
+    copy: str
+    head_dim: int
+    block_m: int
+    block_n: int
+    sums: bool
+    min_blocks: int = 1
+    score: ScoreConfig = ScoreConfig()
+
+    header: ClassVar[str] = "weights.cuh"
+    function: ClassVar[str] = "weights"
+    params: ClassVar[str] = "WeightsParams"
+    tiles: ClassVar[str] = "WeightsTiles"
+
+    @property
+    def num_warps(self) -> int:  # type: ignore[override]
+        return self.block_m // 16
+
+    @property
+    def smem_bytes(self) -> int:
+        return (self.block_m + self.block_n) * self.head_dim * _elem_bytes(self.mma)
+
+    @property
+    def name(self) -> str:
+        tile = f"d{self.head_dim}_m{self.block_m}_n{self.block_n}"
+        return f"attention_weights_{self.mma}_{tile}_{self.copy}{'_sums' if self.sums else ''}{self.score.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSimtConfig(Config):
+    """``weights_simt.cuh``."""
+
+    dtype: str
+    block_m: int
+    block_n: int
+    columns: int
+    num_warps: int
+    sums: bool
+    min_blocks: int = 1
+    score: ScoreConfig = ScoreConfig()
+
+    header: ClassVar[str] = "weights_simt.cuh"
+    function: ClassVar[str] = "weights_simt"
+    params: ClassVar[str] = "WeightsParams"
+    is_simt: ClassVar[bool] = True
+
+    @property
+    def smem_bytes(self) -> int:
+        return _block_gemm_bytes(self.dtype, self.block_m, self.block_n, self.columns)
+
+    @property
+    def name(self) -> str:
+        return f"attention_weights_simt_{self.dtype}{'_sums' if self.sums else ''}{self.score.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class MaskBlocksConfig(Config):
     """``mask_blocks.cuh``, for a main kernel with parameters of that name."""
 
@@ -1087,6 +1146,20 @@ def backward_simt_captured_config(dtype: str, score: ScoreConfig) -> BackwardSim
     return replace(backward_simt_configs(dtype, 64, 64)[2], step="captured", score=score, min_blocks=1)
 
 
+def weights_config(
+    mma: str, arch: int, head_dim: int, vectorized: bool, sums: bool, score: ScoreConfig = ScoreConfig()
+) -> WeightsConfig:
+    """One tile for all but the widest heads of 32 bits; `head_dim` is a padded one."""
+    block_n = 64 if head_dim * _elem_bytes(mma) <= 512 else 32
+    return WeightsConfig(mma, _copy(arch, vectorized), head_dim, 64, block_n, sums, score=score)
+
+
+def weights_simt_config(dtype: str, sums: bool, score: ScoreConfig = ScoreConfig()) -> WeightsSimtConfig:
+    """The tile of the forward."""
+    f = forward_simt_config(dtype, 64)
+    return WeightsSimtConfig(dtype, f.block_m, f.block_n, f.columns, f.num_warps, sums, score=score)
+
+
 def mask_blocks_config(main: TileConfig) -> MaskBlocksConfig:
     """The kernel that looks at the mask before the main one: which tiles it hides, and its bits."""
     by_keys = isinstance(main, BackwardMmaConfig | BackwardWgmmaConfig)
@@ -1153,6 +1226,17 @@ def mod_configs(arch: int, mod: Mod) -> list[Config]:
                 chosen += [row for row, _ in forward_wgmma_configs(mma, *dims, True, score)]
                 main = backward_wgmma_config(mma, *dims, False, score)
                 chosen += [main, backward_captured_config(main, arch)]
+    return chosen + weights_configs(arch, score)
+
+
+def weights_configs(arch: int, score: ScoreConfig = ScoreConfig()) -> list[Config]:
+    """Those for weights, of a narrow and of the widest head_dim."""
+    chosen: list[Config] = []
+    for sums in (False, True):
+        chosen.append(weights_simt_config("float64", sums, score))
+        for dtype in ("float16", "float32"):
+            if (mma := mma_of(dtype, "ieee", arch)) is not None:
+                chosen += [weights_config(mma, arch, head_dim, True, sums, score) for head_dim in (64, 256)]
     return chosen
 
 

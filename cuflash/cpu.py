@@ -1,4 +1,4 @@
-"""Attention on the CPU in NumPy: tiled, threaded, forward and backward, with memory linear in the lengths.
+"""Attention on the CPU in NumPy: tiled, threaded, forward, backward and weights, with memory linear in the lengths.
 
 The method is that of the kernels: a tile of queries meets one block of keys after the other; the scores
 of a block become weights ``2 ** (score * log2(e) - shift)``, and what was summed so far is rescaled
@@ -16,7 +16,7 @@ What makes it fast here:
   more column of the products instead of taking a pass over the tile each.
 
 What a call does to scores beyond the band (``Score``) is done to one tile at a time, by ``_ScoreTile`` for the
-forward and the backward alike. Such calls always shift, and nothing rides along.
+forward, the backward and the weights alike. Such calls always shift, and nothing rides along.
 
 One thread computes an element of a result, or several in a fixed order, which depends on shapes alone: results are
 bitwise the same for any number of threads, and those of the forward for any batch.
@@ -78,7 +78,8 @@ MAX_PARTS, MIN_PART = 8, 1024
 STRIP = 64
 #: Keys of a tile of the forward for which an expression is evaluated at a time.
 EVALUATED = 128
-#: Order of (heads_kv, member of the group, query, key) in the tiles of scores of the forward and of the backward.
+#: Order of (heads_kv, member of the group, query, key) in the tiles of scores of the forward and of the backward, which
+#: that of the weights is, too.
 FORWARD_AXES, BACKWARD_AXES = (0, 3, 2, 1), (0, 2, 1, 3)
 #: Bytes of a cache line, and of the widest vector register.
 ALIGNMENT = 64
@@ -288,7 +289,10 @@ def backward(
             scores = None
             if not score.is_plain:
                 gradients = d_bias, d_slopes, d_captured
-                scores = _Scores(options, place, (seqlen_q, seqlen_k), group, BACKWARD_AXES, dtype, *gradients)
+                scores = _Scores(
+                    options, place, (seqlen_q, seqlen_k), group, BACKWARD_AXES, dtype, *gradients,
+                    is_differentiated=True,
+                )  # fmt: skip
             scratch = _BackwardPart(d_out_part, q_part, out_part, lse_part, d_lse_part, scale, num_keys, scores)
             for keys in _slices(num_keys, BACKWARD_N):
                 start = part.start + keys.start
@@ -307,6 +311,86 @@ def backward(
                 shares = share("bias", d_bias, place), share("slopes", d_slopes, place), captured_shares()
                 tasks.append(functools.partial(task, place, d_q_sum, *shares))
     _run(tasks)
+
+
+def weights(
+    q: Array,
+    k: Array,
+    lse: Array,
+    out: Array,
+    *,
+    rows: range,
+    band: Band,
+    scale: float,
+    score: Score = Score(),
+) -> None:
+    """Write the weights ``exp(scores - lse)`` of some queries to ``out``, 0 where a query does not see a key.
+
+    Parameters
+    ----------
+    q, k : arrays (batch, heads, seqlen, dim)
+        As in ``forward``: all queries, whichever are chosen.
+    lse : array (batch, num_heads, seqlen_q)
+        That of ``forward``, sinks included. A row of LSE -inf has weights 0.
+    out : array (batch, num_heads, len(rows), seqlen_k), written
+        float64 for inputs of float64, else float32, as the LSE.
+    rows : range
+        Which queries, with a step above 0.
+    band, scale, score
+        As in ``forward``; dropout and sinks make no difference.
+    """
+    if out.size == 0:
+        return
+    tiles = _Weights(q, k, lse, rows, band, scale, score)
+    out = _grouped(out, k.shape[1])
+
+    def task(b: int, heads: slice, queries: slice, keys: slice) -> None:
+        block = out[b, heads, :, queries]
+        start, stop, found = tiles.tile(b, heads, queries, keys)
+        block[..., keys.start : start] = 0
+        if found is not None:
+            block[..., start:stop] = found.swapaxes(1, 2)
+        block[..., stop : keys.stop] = 0
+
+    _run(
+        [
+            functools.partial(task, b, heads, queries, keys)
+            for b in range(len(q))
+            for heads in _slices(k.shape[1], tiles.heads_step)
+            for queries in _slices(len(rows), tiles.q_step)
+            for keys in _slices(k.shape[2], tiles.keys_step)
+        ]
+    )
+
+
+def received(q: Array, k: Array, lse: Array, out: Array, *, band: Band, scale: float, score: Score = Score()) -> None:
+    """Write the sums of ``weights`` over all queries to ``out``, (batch, num_heads, seqlen_k)."""
+    if out.size == 0:
+        return
+    seqlen_q = q.shape[2]
+    tiles = _Weights(q, k, lse, range(seqlen_q), band, scale, score)
+    out = _grouped(out, k.shape[1])
+
+    def task(b: int, heads: slice, keys: slice) -> None:
+        # As there may be many tiles, float32 would lose digits.
+        total = np.zeros((heads.stop - heads.start, tiles.group, keys.stop - keys.start))
+        first, last = band.query_range(keys.start, keys.stop, seqlen_q)
+        for queries in _slices(last - first, tiles.q_step):
+            start, stop, found = tiles.tile(b, heads, slice(first + queries.start, first + queries.stop), keys)
+            if found is not None:
+                by_query = found.reshape(*found.shape[:2], -1)
+                sums = np.ones((1, by_query.shape[1]), by_query.dtype) @ by_query
+                total[..., start - keys.start : stop - keys.start] += sums.reshape(len(total), tiles.group, -1)
+        out[b, heads, :, keys] = total
+
+    _run(
+        [
+            functools.partial(task, b, heads, keys)
+            for b in range(len(q))
+            for heads in _slices(k.shape[1], tiles.heads_step)
+            for keys in _slices(k.shape[2], tiles.keys_step)
+        ]
+    )
 
 
 def _add_sink_gradients(
@@ -644,8 +728,78 @@ class _BackwardPart:
         d_k[...] = self.sums[1, :, :num_keys, :head_dim] * self.base.ln
 
 
+class _Weights:
+    """Weights of some queries, recomputed from the LSE tile by tile."""
+
+    def __init__(self, q: Array, k: Array, lse: Array, rows: range, band: Band, scale: float, score: Score) -> None:
+        heads_kv, seqlen_k = k.shape[1:3]
+        chosen = slice(rows.start, rows.stop, rows.step)
+        self.q, self.lse = (_grouped(x, heads_kv)[:, :, :, chosen] for x in (q, lse))
+        self.k, self.rows, self.band, self.scale = k, rows, band, scale
+        self.group = self.q.shape[2]
+        self.lengths = q.shape[2], seqlen_k
+        self.dtype = _compute_dtype(q)
+        # Weights are those before dropout, and the LSE knows of the sinks.
+        score = score._replace(sinks=None, dropout_p=0.0)
+        self.options = None if score.is_plain else _grouped_score(score, heads_kv, self.dtype)
+        self.q_step = max(min(FORWARD_M // self.group, len(rows)), 1)
+        num_rows = self.q_step * self.group
+        # Few rows take more keys at once.
+        self.keys_step = min(max(FORWARD_M * FORWARD_N // num_rows, FORWARD_N), KEYS_AT_ONCE, max(seqlen_k, 1))
+        self.heads_step = min(_heads_per_task(num_rows, seqlen_k), heads_kv)
+        self.num_weights = self.heads_step * num_rows * self.keys_step
+        #: Each thread's own memory for a tile.
+        self.scratch = threading.local()
+
+    def tile(self, b: int, heads: slice, queries: slice, keys: slice) -> tuple[int, int, Array | None]:
+        """Keys [start, stop) that some of the queries see, and weights (heads_kv, queries, members, these keys).
+
+        There are no weights where nobody sees anything. The thread's next tile overwrites them.
+        """
+        first, last = self.rows[queries.start], self.rows[queries.stop - 1] + 1
+        start, stop = self.band.key_range(first, last, keys.stop)
+        start = max(start, keys.start)
+        if start >= stop:
+            return keys.start, keys.start, None
+        step, num_queries, num_keys = self.rows.step, queries.stop - queries.start, stop - start
+        hidden = None
+        if not self.band.is_full(first, last, start, stop):
+            hidden = _hidden(_moved(self.band, first - start), num_queries, self.group, num_keys, step)
+        tile = None
+        if self.options is not None:
+            place = _Place(b, heads, slice(0, self.group), slice(first, last, step), slice(start, stop))
+            scores = _Scores(self.options, place, self.lengths, self.group, BACKWARD_AXES, self.dtype)
+            tile = scores.tile(slice(0, heads.stop - heads.start), slice(0, num_queries), slice(0, num_keys), hidden)
+            if tile is None:
+                return keys.start, keys.start, None
+
+        q, lse = (x[b, heads, :, queries].swapaxes(1, 2) for x in (self.q, self.lse))
+        num_heads, _, _, head_dim = q.shape
+        rows = np.multiply(q, self.scale, out=np.empty(q.shape, self.dtype), dtype=self.dtype)
+        lse = lse.reshape(num_heads, -1, 1)
+        if not hasattr(self.scratch, "weights"):
+            self.scratch.weights = _aligned((self.num_weights,), self.dtype)
+        shape = num_heads, num_queries * self.group, num_keys
+        weights = self.scratch.weights[: math.prod(shape)].reshape(shape)
+        block = _operand(self.k[b, heads, start:stop], self.dtype)
+        np.matmul(rows.reshape(num_heads, -1, head_dim), block.swapaxes(1, 2), out=weights)
+        if tile is not None:
+            tile.change(weights)
+            hidden = tile.hidden
+        sees_nothing = lse == -np.inf
+        weights -= np.where(sees_nothing, np.inf, lse)
+        np.exp(weights, out=weights)
+        if hidden is not None:
+            # Their bits are cleared: as fast as a product, which would leave what is not a number.
+            bits = weights.view(f"i{self.dtype.itemsize}")
+            bits &= np.subtract(hidden, 1, dtype=bits.dtype)
+        if sees_nothing.any():
+            weights[sees_nothing[..., 0]] = 0
+        return start, stop, weights.reshape(num_heads, num_queries, self.group, num_keys)
+
+
 class _Place(NamedTuple):
-    """Scores that one task is about."""
+    """Scores that one task is about; of the queries, which may have a step, by their positions."""
 
     b: int
     heads: slice  # of keys and values
@@ -668,12 +822,19 @@ class _Scores:
         d_bias: _Share | None = None,
         d_slopes: _Share | None = None,
         d_captured: Mapping[str, _CapturedShare] | None = None,
+        *,
+        is_differentiated: bool = False,
     ) -> None:
-        """Take the options from ``_grouped_score``, and the order of (heads_kv, member, query, key) in tiles."""
+        """Take the options from ``_grouped_score``, and the order of (heads_kv, member, query, key) in tiles.
+
+        Derivatives of the scores are there only if they are asked for, by ``is_differentiated``.
+        """
         b, *where = place
         self.lengths = lengths
         self.options, self.place, self.group, self.axes, self.dtype = options, place, group, axes, dtype
         self.is_forward = axes == FORWARD_AXES
+        self.is_differentiated = is_differentiated
+        self.step = place.queries.step or 1
         self.group_here = place.members.stop - place.members.start
         self.bias, self.mask, self.slopes = (
             None if x is None else _piece(x, slice(b, b + 1), *where)[0]
@@ -730,26 +891,28 @@ class _Scores:
 
     def distances(self, queries: slice, keys: slice) -> Array:
         """How far apart queries and keys of a tile stand, (queries, keys): a view, since diagonals are constant."""
-        last = self.place.queries.start + queries.stop - 1 + self.options.q_offset
+        last = self.place.queries.start + (queries.stop - 1) * self.step + self.options.q_offset
         first_key, num_keys = self.place.keys.start + keys.start, keys.stop - keys.start
-        diagonals = np.arange(first_key - last, first_key - last + queries.stop - queries.start + num_keys - 1)
-        return np.lib.stride_tricks.sliding_window_view(np.abs(diagonals).astype(self.dtype), num_keys)[::-1]
+        span = (queries.stop - queries.start - 1) * self.step
+        diagonals = np.abs(np.arange(first_key - last, first_key - last + span + num_keys)).astype(self.dtype)
+        return np.lib.stride_tricks.sliding_window_view(diagonals, num_keys)[:: -self.step]
 
     def modified(self, scores: Array, heads: slice, queries: slice, keys: slice) -> Evaluated:
         """What the expression makes of a tile of scores."""
         mod = self.options.mod
         assert mod is not None
         starts = self.place.heads.start, self.place.members.start, self.place.queries.start, self.place.keys.start
+        steps = 1, 1, self.step, 1
         where = heads, slice(0, self.group_here), queries, keys
         h_kv, member, q_idx, k_idx = (
-            np.arange(at.start + start, at.stop + start).reshape(np.where(np.equal(self.axes, axis), -1, 1))
-            for axis, (at, start) in enumerate(zip(where, starts, strict=True))
+            (start + step * np.arange(at.start, at.stop)).reshape(np.where(np.equal(self.axes, axis), -1, 1))
+            for axis, (at, start, step) in enumerate(zip(where, starts, steps, strict=True))
         )
         indices = {
             "b": self.options.first_batch + self.place.b, "h": h_kv * self.group + member, "h_kv": h_kv,
             "q_idx": q_idx, "k_idx": k_idx, "seqlen_q": self.lengths[0], "seqlen_k": self.lengths[1],
         }  # fmt: skip
-        return evaluate(mod.expression, scores, indices, mod.values, derivatives=not self.is_forward)
+        return evaluate(mod.expression, scores, indices, mod.values, derivatives=self.is_differentiated)
 
     def kept(self, heads: slice, queries: slice, keys: slice) -> Array:
         """Which weights of a tile dropout keeps, (heads_kv, member, queries, keys)."""
@@ -793,7 +956,7 @@ class _ScoreTile:
         if self.softcap is not None:
             scores /= self.softcap
             np.tanh(scores, out=scores)
-            if not self.scores.is_forward:
+            if self.scores.is_differentiated:
                 self.tanh = scores.copy()
             scores *= self.softcap
         if self.scores.options.mod is not None:
@@ -1077,9 +1240,9 @@ def _edge(band: Band, num_queries: int, group: int, num_keys: int, start: int, s
 
 
 @functools.lru_cache(maxsize=16)
-def _hidden(band: Band, num_queries: int, group: int, num_keys: int) -> Array:
-    """Which pairs of a block on the edge of the band are hidden, as (rows, keys)."""
-    q_idx = np.repeat(np.arange(num_queries), group)
+def _hidden(band: Band, num_queries: int, group: int, num_keys: int, step: int = 1) -> Array:
+    """Which pairs of a block on the edge of the band are hidden, as (rows, keys); only every so many queries count."""
+    q_idx = np.repeat(step * np.arange(num_queries), group)
     return ~band.visible(q_idx[:, None], np.arange(num_keys)[None, :])
 
 

@@ -155,6 +155,7 @@ def attention(
     See Also
     --------
     attention_backward : the gradients. PyTorch users need not call it: `attention` is differentiable, `lse` included.
+    attention_weights, attention_received : the weights of chosen queries, and what every key receives of all of them.
     merge_attention : joins results over disjoint sets of keys.
     dropout_mask : the weights that dropout keeps.
 
@@ -333,6 +334,181 @@ precision
     if score_mod is not None:
         named = {name: x for name, x in zip(score_mod.arrays, gradients.d_captured, strict=True) if x is not None}
     return gradients._replace(d_captured=named)
+
+
+def attention_weights(
+    q: Any,
+    k: Any,
+    lse: Any,
+    *,
+    rows: int | slice | range | None = None,
+    mask: Any = None,
+    bias: Any = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    score_mod: ScoreMod | None = None,
+    layout: str = "bhsd",
+    precision: str | None = None,
+) -> Any:
+    r"""Weights that ``attention`` gave to the keys, for chosen queries.
+
+    With the scores :math:`s_{ij}` as `attention` changes and hides them,
+
+    .. math:: p_{ij} = e^{s_{ij} - \text{lse}_i}.
+
+    Parameters
+    ----------
+    q : array, shape (..., heads, seqlen_q, head_dim)
+        All queries of the call, as `attention` takes them.
+    k : array, shape (..., heads_kv, seqlen_k, head_dim)
+        Its keys.
+    lse : array, shape (..., heads, seqlen_q), in either layout
+        What ``attention(..., return_lse=True)`` gave; float32, or float64 for float64 inputs. Where the values had more
+        batch axes than `q` and `k`, it has them, and so has the result.
+    rows : None, int, slice or range, default None
+        The queries :math:`i`: all, one, or those of a slice or range with a step above 0. Negative ones count from the
+        end. All else that depends on where a query stands sees its position in the whole of `q`.
+    mask, bias, is_causal, window, q_offset, scale, softcap, alibi_slopes, score_mod, layout, precision
+        The options of the call that gave `lse`. There are no `sinks`, since `lse` knows of them, and no dropout.
+
+    Returns
+    -------
+    array, shape (..., heads, num_rows, seqlen_k), in either layout
+        In C order, of the framework and device of the inputs and the dtype of `lse`. One row is an axis of length 1.
+        A pair that is not visible has weight 0, whatever its query and key hold, and so has a query whose LSE is -inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` does, and for other `rows`, or such that reach beyond `q` (slices never do).
+    IndexError
+        For an integer that is no row of `q`.
+    ImportError, RuntimeError
+        As `attention` does.
+    NotImplementedError
+        For arrays that record operations for differentiation, and inside of torch.func's transforms: detach them, or
+        call under ``torch.no_grad()``.
+
+    See Also
+    --------
+    attention_received : the sums of the weights over all queries, without a matrix.
+
+    Notes
+    -----
+    Beyond the result, memory is linear in the lengths. Weights are those before dropout; with sinks a row adds up to
+    less than 1. They are made anew of scores in the dtype of `lse`, which are not rounded exactly as in the forward
+    pass, so that rows add up to 1 to within the rounding errors of their scores.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 6, 8))  # 4 heads of 6 rows of 8 elements
+    >>> out, lse = cuflash.attention(q, k, v, is_causal=True, return_lse=True)
+    >>> weights = cuflash.attention_weights(q, k, lse, is_causal=True)
+    >>> weights.shape, bool(np.allclose(weights @ v, out))
+    ((4, 6, 6), True)
+
+    The last query alone, which sees every key:
+
+    >>> last = cuflash.attention_weights(q, k, lse, rows=-1, is_causal=True)
+    >>> last.shape, bool(np.allclose(last.sum(-1), 1))
+    ((4, 1, 6), True)
+    """
+    options = (is_causal, window, q_offset, scale, layout, precision, False, softcap, 0.0)
+    extras = _extras(mask, bias, alibi_slopes, None, q)
+    return _of_weights("attention_weights", q, k, lse, rows, options, extras, score_mod)
+
+
+def attention_received(
+    q: Any,
+    k: Any,
+    lse: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    score_mod: ScoreMod | None = None,
+    layout: str = "bhsd",
+    precision: str | None = None,
+) -> Any:
+    r"""What every key receives of the weights of all queries, without ever storing their matrix.
+
+    With the weights :math:`p_{ij}` of `attention_weights`,
+
+    .. math:: \text{received}_j = \sum_i p_{ij},
+
+    by which methods such as H2O [1]_ choose the keys to keep.
+
+    Parameters
+    ----------
+    q : array, shape (..., heads, seqlen_q, head_dim)
+        All queries of the call, as `attention` takes them.
+    k : array, shape (..., heads_kv, seqlen_k, head_dim)
+        Its keys.
+    lse : array, shape (..., heads, seqlen_q), in either layout
+        What ``attention(..., return_lse=True)`` gave; float32, or float64 for float64 inputs. Where the values had more
+        batch axes than `q` and `k`, it has them, and so has the result.
+    mask, bias, is_causal, window, q_offset, scale, softcap, alibi_slopes, score_mod, layout, precision
+        The options of the call that gave `lse`. There are no `sinks`, since `lse` knows of them, and no dropout.
+
+    Returns
+    -------
+    array, shape (..., heads, seqlen_k), in either layout
+        In C order, of the framework and device of the inputs and the dtype of `lse`. There is one sum per query head,
+        also where several of them share a key head. A key that no query sees has 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` does.
+    ImportError, RuntimeError
+        As `attention` does.
+    NotImplementedError
+        For arrays that record operations for differentiation, and inside of torch.func's transforms: detach them, or
+        call under ``torch.no_grad()``.
+
+    See Also
+    --------
+    attention_weights : the weights themselves, of chosen queries.
+
+    Notes
+    -----
+    Memory is linear in the lengths, and the time is about that of a forward pass. Weights are those before dropout, and
+    what sinks receive is missing: over all keys, a row without sinks that sees a key adds 1.
+
+    References
+    ----------
+    .. [1] Z. Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+       2023, arXiv:2306.14048.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 4, 6, 8))  # 4 heads of 6 rows of 8 elements
+    >>> _, lse = cuflash.attention(q, k, v, is_causal=True, return_lse=True)
+    >>> received = cuflash.attention_received(q, k, lse, is_causal=True)
+    >>> received.shape, bool(np.allclose(received.sum(-1), 6))
+    ((4, 6), True)
+
+    The three keys of each head that matter most, in ascending order:
+
+    >>> np.sort(np.argsort(received)[..., -3:]).shape
+    (4, 3)
+    """
+    options = (is_causal, window, q_offset, scale, layout, precision, False, softcap, 0.0)
+    extras = _extras(mask, bias, alibi_slopes, None, q)
+    return _of_weights("attention_received", q, k, lse, None, options, extras, score_mod)
 
 
 def merge_attention(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
@@ -533,6 +709,34 @@ def backward(
     return run(d_out, q, k, v, out, lse, d_lse, extras, seed, captured)
 
 
+def weights(
+    framework: Framework,
+    name: str,
+    q: Any,
+    k: Any,
+    lse: Any,
+    rows: Any,
+    options: tuple[Any, ...],
+    extras: Extras = NO_EXTRAS,
+    captured: tuple[Any, ...] = (),
+) -> Any:
+    """What the function of this name returns: ``attention_weights`` or ``attention_received``, which has no rows."""
+    signature = framework.signature
+    key: tuple[Hashable, ...] | None = None
+    try:
+        # Some versions of Python do not hash slices; and True is no row, though it equals 1.
+        chosen = (rows.start, rows.stop, rows.step) if isinstance(rows, slice) else rows
+        key = (name, *map(signature, (q, k, lse)), options, (type(rows), chosen), extras.map(signature))
+        key = (*key, *map(signature, captured))
+        run = framework.prepared.get(key)
+    except (TypeError, RuntimeError):
+        key = run = None
+    if run is None:
+        run = _prepare_weights(framework, name, q, k, lse, rows, options, extras, captured)
+        _remember(framework, key, run)
+    return run(q, k, lse, extras, captured)
+
+
 def _remember(framework: Framework, key: Hashable, run: Any) -> None:
     if len(framework.prepared) >= MAX_PREPARED:
         framework.prepared.clear()
@@ -650,6 +854,36 @@ def _prepare_backward(
     return (_HostBackward if call.device == CPU else _DeviceBackward)(framework, call)
 
 
+def _prepare_weights(
+    framework: Framework,
+    name: str,
+    q: Any,
+    k: Any,
+    lse: Any,
+    rows: Any,
+    options: tuple[Any, ...],
+    extras: Extras,
+    captured: tuple[Any, ...],
+) -> Callable[..., Any]:
+    if framework.is_lazy(q, k, lse, *given(extras), *captured):
+
+        def run(q: Any, k: Any, lse: Any, extras: Extras, captured: tuple[Any, ...]) -> Any:
+            q, k, lse, *captured_now = map(framework.resolve, (q, k, lse, *captured))
+            extras = extras.map(framework.resolve)
+            return weights(framework, name, q, k, lse, rows, options, extras, tuple(captured_now))
+
+        return run
+    q, k, lse = map(framework.view, (q, k, lse), ("q", "k", "lse"))
+    extra_views = extras.map(framework.view, Extras._fields)
+    checked = Options(*options)
+    captured_views = list(map(framework.view, captured, _array_names(checked.score_mod)))
+    if name == "attention_weights":
+        call = arguments.weights(q, k, lse, rows, checked, extra_views, captured_views)
+    else:
+        call = arguments.received(q, k, lse, checked, extra_views, captured_views)
+    return (_HostWeights if call.device == CPU else _DeviceWeights)(framework, call)
+
+
 class _Prepared:
     """A checked call of some shapes, strides and options, to be run on any arrays that have them."""
 
@@ -680,6 +914,13 @@ class _Prepared:
             pointer = framework.pointer(array)
             if pointer + low < out_pointer + out_high and out_pointer + out_low < pointer + high:
                 arguments.check_disjoint(framework.view(out, "out"), framework.view(array, name))
+
+    def allocate_weights(self, q: Any) -> Any:
+        """Result of a call for weights; zeros where there is nothing to launch."""
+        result = self.framework.empty(q, self.out_shape, self.lse_dtype)
+        if not self.call.has_pairs:
+            result[...] = 0
+        return result
 
     def allocate_gradients(self, q: Any) -> list[Any]:
         """Gradients before they are summed over broadcast axes; zeros where there is nothing to launch."""
@@ -881,6 +1122,27 @@ class _HostBackward(_Host):
         return self.finish(gradients, (q, k, v), d_extras, extras, d_captured, captured)
 
 
+class _HostWeights(_Host):
+    def __call__(self, q: Any, k: Any, lse: Any, extras: Extras, captured: tuple[Any, ...]) -> Any:
+        result = self.allocate_weights(q)
+        if self.call.has_pairs:
+            p, rows = self.call.problem, self.call.rows
+            sizes = (p.num_heads, p.seqlen_q, p.head_dim), (p.num_heads_kv, p.seqlen_k, p.head_dim)
+            q, k = (
+                self.canonical(array, strides, *size)
+                for array, strides, size in zip((q, k), self.call.strides, sizes, strict=True)
+            )
+            lse = self.canonical_lse(self.framework.contiguous(lse))
+            num_rows = () if rows is None else (len(rows),)
+            out = self.framework.as_numpy(result).reshape(*lse.shape[:-1], *num_rows, p.seqlen_k)
+            extras = self.canonical_extras(self.in_accumulator(extras), self.call.extras)
+            for launch, index in enumerate(numpy.ndindex(self.call.loop)):
+                score = self.score(extras, index, launch, None, self.bind(captured))
+                compute = cpu.received if rows is None else functools.partial(cpu.weights, rows=rows)
+                compute(q[index], k[index], lse[index], out[index], band=p.band, scale=p.scale, score=score)
+        return result
+
+
 class _Device(_Prepared):
     """A call on a GPU: a launch per index of ``loop``, on the caller's stream."""
 
@@ -1077,6 +1339,37 @@ class _DeviceBackward(_Device):
             yield starts[1] + bias_offset if starts[1] else 0, slopes, sinks
 
 
+class _DeviceWeights(_Device):
+    def prepare(self, strides: list[Any]) -> None:
+        from . import launch
+
+        self.offsets: tuple[tuple[int, ...], ...] = ()
+        if self.call.has_pairs and 0 not in self.out_shape:
+            self.launch = launch.WeightsCall(
+                self.call.problem, self.device, *strides, rows=self.call.rows,
+                extras=self.per_launch(self.call.extras), itemsizes=self.call.itemsizes, captured=self.call.captured,
+            )  # fmt: skip
+            self.offsets = tuple(self.call.offsets())
+
+    def __call__(self, q: Any, k: Any, lse: Any, extras: Extras, captured: tuple[Any, ...]) -> Any:
+        framework = self.framework
+        if framework.current_device() != self.device:
+            with framework.use_device(self.device):
+                return self(q, k, lse, extras, captured)
+        result = self.allocate_weights(q)
+        lse = framework.contiguous(lse)
+        q_ptr, k_ptr, lse_ptr, out_ptr = map(framework.pointer, (q, k, lse, result))
+        stream = framework.stream(self.device)
+        more: Iterator[tuple[Any, ...]] = itertools.repeat(())
+        if not self.is_plain:
+            extras = self.in_accumulator(extras)
+            more = self.score_arguments(extras, None, captured)
+        out_bytes = ITEMSIZE[self.lse_dtype] * math.prod(self.out_shape) // max(len(self.offsets), 1)
+        for launch, ((to_q, to_k, to_lse), score) in enumerate(zip(self.offsets, more, strict=False)):
+            self.launch(q_ptr + to_q, k_ptr + to_k, lse_ptr + to_lse, out_ptr + launch * out_bytes, stream, *score)
+        return result
+
+
 # --- frameworks -------------------------------------------------------------------------------------------------
 
 
@@ -1086,6 +1379,29 @@ def _framework(q: Any, k: Any, v: Any) -> Framework | None:
     if framework is None or type(k) is not kind or type(v) is not kind:
         framework = arrays.framework_of(q=q, k=k, v=v)
     return framework
+
+
+def _of_weights(
+    name: str, q: Any, k: Any, lse: Any, rows: Any, options: tuple[Any, ...], extras: Extras, score_mod: Any
+) -> Any:
+    """``weights`` on arrays of any library; the options lack what is made of score_mod."""
+    framework = arrays.framework_of(q=q, k=k, lse=lse)
+    mod, captured = (None, ()) if score_mod is None else _take_apart(score_mod, q)
+    options = (*options, mod)
+    if framework is None:
+        native = {of: arrays.import_dlpack(array, of) for of, array in (("q", q), ("k", k), ("lse", lse))}
+        framework = arrays.framework_of(**native)
+        assert framework is not None
+        extras = extras.map(arrays.import_dlpack, Extras._fields)
+        captured = tuple(map(arrays.import_dlpack, captured, _array_names(mod)))
+        result = weights(framework, name, **native, rows=rows, options=options, extras=extras, captured=captured)
+        return arrays.export_dlpack(result, q)
+    if framework.records(q, k, lse, *extras, *captured):
+        raise NotImplementedError(
+            f"{name}: got arrays that record operations for differentiation, wanted others: detach() them, or call "
+            "under torch.no_grad() and outside of torch.func's transforms"
+        )
+    return weights(framework, name, q, k, lse, rows, options, extras, captured)
 
 
 def _attention_dlpack(

@@ -21,7 +21,7 @@ import numpy as np
 
 from . import compile as compiler
 from . import configs, environment, params, rng
-from .plan import DeviceInfo, MaskBlocks, Plan, plan_backward, plan_captured, plan_forward
+from .plan import DeviceInfo, MaskBlocks, Plan, plan_backward, plan_captured, plan_forward, plan_weights
 from .problem import ITEMSIZE, CapturedArray, Problem
 from .scores import NO_EXTRAS, Band, Extras
 from .tensor_map import TensorMap, TensorMaps
@@ -251,6 +251,56 @@ class ForwardCall:
         extras = tuple(map(operator.add, extras, self._extra_offsets))
         more = (*extras, seed, seed_at, first_batch, workspace, workspace + self._bits_at, *captured)
         self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *more)
+
+
+class WeightsCall:
+    """What computes weights from an LSE, but for pointers; see :class:`ForwardCall`."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        device_id: int,
+        q: params.Strides,
+        k: params.Strides,
+        *,
+        rows: range | None,
+        extras: Extras = NO_EXTRAS,
+        itemsizes: Extras = NO_EXTRAS,
+        captured: Sequence[CapturedArray] = (),
+        device_info: DeviceInfo | None = None,
+    ) -> None:
+        device = device_info or DeviceInfo.current(device_id)
+        self.plan = plan_weights(problem, None if rows is None else len(rows), device, environment.kernel())
+        _announce(problem, (self.plan,))
+        config = self.plan.config
+        block = np.zeros(1, params.block_dtype(config.params, config.mod))
+        for name, strides in (("q", q), ("k", k)):
+            params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
+        params.fill_shape(block, problem)
+        picked = range(problem.seqlen_q) if rows is None else rows
+        block["first_row"], block["row_step"], block["num_rows"] = picked.start, picked.step, len(picked)
+        block["scale"] = problem.scale
+        params.fill_score(block, problem, extras, itemsizes)
+        params.fill_mod(block, problem, 0, captured)
+        of_score = (f"score.{name}" for name in (*Extras._fields, "seed", "seed_at", "first_batch"))
+        pointers = ("q", "k", "lse", "weights", *of_score, *params.pointers_of_mod(config.mod))
+        self._call = _Call((self.plan,), device_id, block, pointers)
+
+    def __call__(
+        self,
+        q: int,
+        k: int,
+        lse: int,
+        weights: int,
+        stream: int,
+        extras: tuple[int, ...] = (0, 0, 0, 0),
+        seed: int = 0,
+        seed_at: int = 0,
+        first_batch: int = 0,
+        captured: tuple[int, ...] = (),
+    ) -> None:
+        """Enqueue the launch; LSE and weights are contiguous."""
+        self._call(stream, q, k, lse, weights, *extras, seed, seed_at, first_batch, *captured)
 
 
 class BackwardCall:

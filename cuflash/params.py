@@ -97,6 +97,21 @@ PARAMS = {
             ("score", _SCORE),
         ]
     ),
+    "WeightsParams": np.dtype(
+        [
+            ("q", _OPERAND),
+            ("k", _OPERAND),
+            ("lse", "u8"),
+            ("weights", "u8"),
+            ("shape", _SHAPE),
+            ("first_row", "i4"),
+            ("row_step", "i4"),
+            ("num_rows", "i4"),
+            ("scale", "f8"),
+            ("score", _SCORE),
+        ],
+        align=True,
+    ),
     "BackwardParams": np.dtype(_BACKWARD, align=True),
     "BackwardWgmmaParams": _with_maps(
         [

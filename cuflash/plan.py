@@ -478,6 +478,21 @@ def plans_around(
     return Plan(preprocess, tiles, workspace), *middle, Plan(convert, tiles, workspace), *_sinks(p, workspace)
 
 
+def plan_weights(problem: Problem, num_rows: int | None, device: DeviceInfo, family: str = "auto") -> Plan:
+    """The launch that computes so many rows of the matrix of weights, or, for None, its sums over queries."""
+    p = problem
+    score = configs.ScoreConfig.of(p.features)
+    sums = num_rows is None
+    choice = _tensor_core(p, device, "mma" if family == "wgmma" else family)
+    config: configs.WeightsConfig | configs.WeightsSimtConfig
+    if choice is None:
+        config = configs.weights_simt_config(p.dtype, sums, score)
+    else:
+        config = configs.weights_config(choice[0], device.arch, choice[1], p.vectorized, sums, score)
+    blocks = ceil_div(p.seqlen_k, config.block_n) if num_rows is None else ceil_div(num_rows, config.block_m)
+    return Plan(config, blocks * p.num_heads * p.batch)
+
+
 def plan_captured(main: Plan, problem: Problem, device: DeviceInfo) -> Plan:
     """The launch, after all others of the backward, that computes the gradients by what an expression captures."""
     config: configs.BackwardCapturedConfig | configs.BackwardSimtConfig

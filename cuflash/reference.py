@@ -58,6 +58,12 @@ def attention_backward(
     return _backward(d_out, q, k, v, d_lse, band, scale, _in(np.float64, score), _exactly)
 
 
+def attention_weights(q: Any, k: Any, lse: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> Any:
+    """Weights (batch, heads, seqlen_q, seqlen_k) in float64, before dropout, of an LSE that contains the sinks."""
+    q, k, lse = (x.astype(np.float64) for x in (q, k, lse))
+    return _weights(q, k, lse, band, scale, _in(np.float64, score), _exactly)
+
+
 def naive(q: Any, k: Any, v: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> tuple[Any, Any]:
     """``attention`` with scores, probabilities, out and LSE rounded to the dtype of ``q`` as they are computed."""
     work, rounding = _as_program_in(q.dtype)
@@ -78,6 +84,14 @@ def naive_backward(
     *gradients, captured = _backward(d_out, q, k, v, d_lse, band, scale, _in(work, score), rounding)
     d_captured = None if captured is None else {name: gradient.astype(dtype) for name, gradient in captured.items()}
     return Gradients(*(None if x is None else x.astype(dtype) for x in gradients))._replace(d_captured=d_captured)
+
+
+def naive_weights(q: Any, k: Any, lse: Any, *, band: Band = Band(), scale: float, score: Score = Score()) -> Any:
+    """``attention_weights`` with every intermediate rounded to the dtype of ``q``."""
+    work, rounding = _as_program_in(q.dtype)
+    dtype = q.dtype
+    q, k, lse = (x.astype(work) for x in (q, k, lse))
+    return _weights(q, k, lse, band, scale, _in(work, score), rounding).astype(dtype)
 
 
 def _exactly(x: Any) -> Any:
@@ -102,6 +116,16 @@ def _in(dtype: Any, score: Score) -> Score:
     return score._replace(**numbers)
 
 
+class _Changed(NamedTuple):
+    #: (batch, heads, seqlen_q, seqlen_k), -inf where not visible.
+    scores: Any
+    visible: Any
+    #: Derivative of the scores by what they are before the softcap.
+    slope: Any
+    #: What the expression makes of scores.
+    modified: Evaluated | None
+
+
 class _Forward(NamedTuple):
     #: (batch, heads, seqlen_q, seqlen_k), before dropout; and what dropout multiplies them by.
     probabilities: Any
@@ -115,10 +139,11 @@ class _Forward(NamedTuple):
     lse: Any
 
 
-def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rounding: _Rounding) -> _Forward:
+def _changed(q: Any, k: Any, band: Band, scale: float, score: Score, rounding: _Rounding) -> _Changed:
+    """Scores as the softmax takes them."""
     xp = _namespace(q)
     group = q.shape[1] // max(k.shape[1], 1)
-    k, v = _repeat_heads(k, q), _repeat_heads(v, q)
+    k = _repeat_heads(k, q)
     visible = _visible(band, q, k)
     if score.mask is not None:
         visible = visible & score.mask
@@ -144,6 +169,22 @@ def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rou
         if score.alibi_slopes is not None:
             scores = rounding(scores - rounding(score.alibi_slopes[..., None, None] * _distances(score, q, k)))
         scores = xp.where(visible, scores, -np.inf)
+    return _Changed(scores, visible, slope, modified)
+
+
+def _weights(q: Any, k: Any, lse: Any, band: Band, scale: float, score: Score, rounding: _Rounding) -> Any:
+    xp = _namespace(q)
+    scores, visible, *_ = _changed(q, k, band, scale, score, rounding)
+    with np.errstate(all="ignore"):
+        weights = rounding(xp.exp(rounding(scores - lse[..., None])))
+    return xp.where(visible & (lse[..., None] != -np.inf), weights, 0)
+
+
+def _forward(q: Any, k: Any, v: Any, band: Band, scale: float, score: Score, rounding: _Rounding) -> _Forward:
+    xp = _namespace(q)
+    v = _repeat_heads(v, q)
+    scores, visible, slope, modified = _changed(q, k, band, scale, score, rounding)
+    with np.errstate(all="ignore"):
         # One more score: that of the sink, or -inf, so that the maximum over no keys at all is one, too.
         sink = xp.full((*scores.shape[:-1], 1), -np.inf, scores.dtype)
         if score.sinks is not None:

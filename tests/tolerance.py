@@ -153,6 +153,28 @@ class Yardstick:
             slack = self._slack(self.xp.ones(1), self.xp.ones(1))
             assert_within(lse, self.lse, naive_lse, dtype=precise, factor=FORWARD_FACTOR, slack=slack, what="lse")
 
+    def assert_weights(self, weights: Any, lse: Any, rows: range | None = None) -> None:
+        """Assert that the `weights` of these queries that follow from this LSE are within the rule."""
+        rows = range(self.q.shape[2]) if rows is None else rows
+        wanted, naive = (x[:, :, rows.start : rows.stop : rows.step] for x in self._weights(lse))
+        precise = accumulator(self.dtype)
+        slack = self._slack(self._squares, wanted)
+        assert_within(weights, wanted, naive, dtype=precise, factor=FORWARD_FACTOR, slack=slack, what="weights")
+        assert not _host(weights)[_host(wanted) == 0].any(), "weights: pairs that are not visible have some"
+
+    def assert_received(self, received: Any, lse: Any) -> None:
+        """Assert that the sums over queries of these weights are within the rule."""
+        wanted, naive = (x.sum(axis=2) for x in self._weights(lse))
+        precise = accumulator(self.dtype)
+        slack = self._slack(self._squares.sum(axis=3), wanted)
+        assert_within(received, wanted, naive, dtype=precise, factor=FORWARD_FACTOR, slack=slack, what="received")
+
+    def _weights(self, lse: Any) -> tuple[Any, Any]:
+        """Those of the reference, and of a plain program in the dtype of the LSE, which is what they are kept in."""
+        precise = accumulator(self.dtype)
+        wanted = ref.attention_weights(self.q, self.k, lse, **self.options)
+        return wanted, ref.naive_weights(self.q.astype(precise), self.k.astype(precise), lse, **self.options)
+
     def assert_backward(self, d_out: Any, gradients: Any, *, d_lse: Any = None) -> None:
         """Assert that `gradients`, (d_q, d_k, d_v) or all of `reference.Gradients`, are within the rule.
 

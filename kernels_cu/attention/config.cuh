@@ -157,6 +157,30 @@ struct BackwardCapturedConfig {
     constexpr int threads() const { return 2 * block_m; }
 };
 
+struct WeightsConfig {
+    Mma mma;
+    Copy copy;
+    int head_dim;  // padded: a tile row of q and k
+    int block_m;   // rows of a tile
+    int block_n;   // keys of a tile
+    bool sums;     // over queries, instead of rows
+    ScoreConfig score;
+
+    constexpr int threads() const { return 2 * block_m; }
+};
+
+struct WeightsSimtConfig {
+    Dtype dtype;
+    int block_m;  // these three as for the forward
+    int block_n;
+    int columns;
+    int num_warps;
+    bool sums;
+    ScoreConfig score;
+
+    constexpr int threads() const { return 32 * num_warps; }
+};
+
 struct ForwardSimtConfig {
     Dtype dtype;  // stored; arithmetic is float64 for float64, float32 for the others
     int block_m;  // query rows of a thread block

@@ -103,6 +103,18 @@ struct ForwardWgmmaParams {
     ScoreParams score;
 };
 
+struct WeightsParams {
+    Operand q, k;
+    char* lse;      // (batch, num_heads, seqlen_q), natural log
+    char* weights;  // (batch, num_heads, num_rows, seqlen_k), or without rows their sums
+    Shape shape;    // of all queries
+    i32 first_row;  // row r is query first_row + r * row_step
+    i32 row_step;
+    i32 num_rows;
+    double scale;
+    ScoreParams score;
+};
+
 struct BackwardParams {
     Operand q, k, v, out, d_out, d_q, d_k, d_v;
     char* lse;        // (batch, num_heads, seqlen_q), natural log

@@ -41,7 +41,7 @@ def selection(arch: int, few_kernels: bool) -> list[configs.Config]:
     """Configurations to compile for an architecture."""
     every = configs.all_configs(arch) + configs.score_configs(arch)
     if arch in MOD_ARCHS:
-        every += configs.mod_configs(arch, MOD)
+        every += configs.mod_configs(arch, MOD) + configs.weights_configs(arch)
     if arch == MAIN_ARCH or not few_kernels:
         return every
     chosen: dict[tuple[object, ...], configs.Config] = {}

@@ -344,6 +344,7 @@ def check_scores(
     yardstick.assert_forward(out, lse)
 
     out[...], lse[...] = yardstick.out, yardstick.lse
+    check_weights(yardstick, (q, k, lse), options, (extras, pointers, arrays), device, info)
     d_lse = np.where(np.isfinite(yardstick.lse), np.random.default_rng(1).standard_normal(lse.shape), 0)
     d_lse = device.put(d_lse.astype(np.float32))
     wanted = Extras(None, *(True if x is not None else None for x in extras[1:]))
@@ -380,6 +381,41 @@ def check_scores(
         {name: x for name, x in d_captured.items() if x is not None},
     )  # fmt: skip
     yardstick.assert_backward(clean.d_out, found, d_lse=d_lse)
+
+
+def check_weights(
+    yardstick: Yardstick, operands: Any, options: Options, of_score: Any, device: Device, info: plan.DeviceInfo
+) -> None:
+    """Judge rows of the weights that follow from an LSE, and their sums."""
+    q, k, lse = operands
+    extras, pointers, arrays = of_score
+    views = [
+        dataclasses.replace(NumPyArrays().view(x, name), device=0)
+        for x, name in zip(operands, ("q", "k", "lse"), strict=True)
+    ]
+    named = extras._replace(sinks=None)._asdict().items()
+    extra_views = Extras(*(None if x is None else dataclasses.replace(NumPyArrays().view(x, name), device=0)
+                           for name, x in named))  # fmt: skip
+    captured = [dataclasses.replace(NumPyArrays().view(x, name), device=0) for name, x in arrays.items()]
+    options = options._replace(dropout_p=0.0, deterministic=False)
+    for rows in (slice(3, None, 2), None):
+        if rows is None:
+            call = arguments.received(*views, options, extra_views, captured)
+            shape = (*lse.shape[:2], k.shape[2])
+        else:
+            call = arguments.weights(*views, rows, options, extra_views, captured)
+            shape = (*lse.shape[:2], len(call.rows), k.shape[2])
+        run = launch.WeightsCall(
+            call.problem, 0, *call.strides, rows=call.rows, extras=call.extras, itemsizes=call.itemsizes,
+            captured=call.captured, device_info=info,
+        )  # fmt: skip
+        found = device.put(np.full(shape, np.nan, np.float32))
+        addresses = (*pointers[:3], 0), 0, 0, 3, tuple(map(device.address, arrays.values()))
+        run(*map(device.address, (q, k, lse, found)), 1, *addresses)
+        if rows is None:
+            yardstick.assert_received(found, lse)
+        else:
+            yardstick.assert_weights(found, lse, call.rows)
 
 
 @dataclass(frozen=True)

@@ -441,6 +441,44 @@ class HostLaunches:
         call.workspace_bytes = 64 if problem.features.mask else 0
         return call
 
+    def WeightsCall(
+        self,
+        problem: Any,
+        device: int,
+        *strides: tuple[int, ...],
+        rows: range | None,
+        extras: Extras = NO_EXTRAS,
+        itemsizes: Extras = NO_EXTRAS,
+        captured: Any = (),
+    ) -> Any:
+        batch = problem.batch, problem.num_heads
+        shape = (*batch, problem.seqlen_k) if rows is None else (*batch, len(rows), problem.seqlen_k)
+
+        def call(
+            q: int,
+            k: int,
+            lse: int,
+            weights: int,
+            stream: int,
+            pointers: Any = (0,) * 4,
+            seed: int = 0,
+            seed_at: int = 0,
+            first: int = 0,
+            captures: Any = (),
+        ) -> None:
+            self.log.append(("weights", device, stream))
+            parts = [self.operand(problem, *each) for each in zip(("q", "k"), (q, k), strides, strict=True)]
+            mod = self.bind(problem, captured, captures)
+            score = self.score(problem, extras, pointers, seed, seed_at, first, mod)
+            options = {"band": problem.band, "scale": problem.scale, "score": score}
+            out = at(weights, shape, c_order(shape), problem.lse_dtype)
+            if rows is None:
+                cpu.received(*parts, self.lse(problem, lse), out, **options)
+            else:
+                cpu.weights(*parts, self.lse(problem, lse), out, rows=rows, **options)
+
+        return call
+
     def BackwardCall(
         self,
         problem: Any,

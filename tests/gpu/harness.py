@@ -6,6 +6,7 @@ References run on the GPU too (through CuPy, which needs cuBLAS for that), so th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,25 +148,38 @@ class ScoreFamily:
         made = make_mod(name, Case(self.dtype))
         return Mod(made.expression, tuple((key, str(array.dtype)) for key, array in made.arrays.items()))
 
-    def plans(self) -> Iterator[plan.Plan]:
-        """Plans of few and of many queries, in rows that are copied by vectors or by elements."""
+    def problems(self) -> Iterator[Problem]:
+        """Few and many queries, in rows that are copied by vectors or by elements."""
         has = self.names.__contains__
         features = Features(
             2.0 if has("softcap") else None, (True, True, True, True) if has("mask") else None,
             self.bias_dtype if has("bias") else None, self.sum_dtype if has("alibi_slopes") else None, 0,
             self.sum_dtype if has("sinks") else None, 0.1 if has("dropout") else 0.0, self.mod,
         )  # fmt: skip
-        device = plan.DeviceInfo.current(0)
         for seqlen, is_vectorized in itertools.product((20, 200), (True, False)):
-            problem = Problem(
+            yield Problem(
                 self.dtype, 2, 4, 2, seqlen, seqlen, self.head_dim, self.head_dim, 1.0, features=features,
                 vectorized=is_vectorized,
             )  # fmt: skip
+
+    def plans(self) -> Iterator[plan.Plan]:
+        device = plan.DeviceInfo.current(0)
+        for problem in self.problems():
             yield plan.plan_forward(problem, device, self.path)
             backward = plan.plan_backward(problem, device, self.path)
             yield from backward
-            if features.mod is not None:
+            if problem.features.mod is not None:
                 yield plan.plan_captured(backward[1], problem, device)
+
+
+class WeightsFamily(ScoreFamily):
+    """Calls that ask for weights."""
+
+    def plans(self) -> Iterator[plan.Plan]:
+        for problem, num_rows in itertools.product(self.problems(), (20, None)):
+            features = dataclasses.replace(problem.features, sinks=None, dropout_p=0.0)
+            problem = dataclasses.replace(problem, features=features)
+            yield plan.plan_weights(problem, num_rows, plan.DeviceInfo.current(0), self.path)
 
 
 def warm(case: Case | ScoreFamily) -> None:

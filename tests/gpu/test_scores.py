@@ -18,7 +18,7 @@ from cuflash import arrays, reference, rng
 from cuflash import compile as compiler
 from cuflash.expression import Bound
 from cuflash.scores import Score
-from tests.gpu.harness import ScoreFamily, assert_same_bits, cupy
+from tests.gpu.harness import ScoreFamily, WeightsFamily, assert_same_bits, cupy
 from tests.strategies import DTYPES, EXPRESSIONS, Case, cases, make_mod, make_operands
 from tests.tolerance import Yardstick
 
@@ -98,6 +98,46 @@ def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
     return Score(**made)._replace(q_offset=q_offset)
 
 
+#: Of what changes scores all that a kernel of weights reads, and nothing.
+WEIGHTS = [
+    WeightsFamily(dtype, path, dim, names)
+    for dtype in DTYPES
+    for path in PATHS[dtype]
+    for dim in ((64, 256) if path == "auto" else (64,))
+    for names in ((), ("expression",), ("curve", "mask", "bias", "alibi_slopes", "sinks", "softcap"))
+]
+
+
+@pytest.mark.parametrize("family", WEIGHTS, ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_weights(family: WeightsFamily, data: st.DataObject) -> None:
+    dims = st.just((family.head_dim, family.head_dim))
+    case = data.draw(
+        cases(dtypes=(family.dtype,), dims=dims, storages=("contiguous", "padded", "sliced"), max_seqlen=200)
+        .filter(lambda case: case.seqlen_q * case.seqlen_k > 0)
+    )  # fmt: skip
+    score = data.draw(scores(case, family))
+    rows = slice(data.draw(st.integers(0, case.seqlen_q - 1)), data.draw(st.integers(1, case.seqlen_q)),
+                 data.draw(st.integers(1, 5)))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUFLASH_KERNEL", family.path)
+        arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
+        q, k, v, _ = make_operands(case, cupy.asarray)
+        arranged = [x if case.layout == "bhsd" else x.swapaxes(1, 2) for x in (q, k, v)]
+        slopes = score.alibi_slopes
+        two_axes = score._replace(alibi_slopes=None if slopes is None else slopes.reshape(-1, case.num_heads))
+        yardstick = Yardstick(*arranged, band=case.band, scale=case.softmax_scale, score=two_axes)
+        lse = yardstick.lse.astype(family.sum_dtype)
+        options = options_of(case, score)
+        del options["sinks"], options["dropout_p"], options["seed"]
+        weights = cuflash.attention_weights(q, k, lse, rows=rows, **options)
+        yardstick.assert_weights(weights, lse, range(case.seqlen_q)[rows])
+        received = cuflash.attention_received(q, k, lse, **options)
+        yardstick.assert_received(received, lse)
+        assert_same_bits((cuflash.attention_received(q, k, lse, **options),), (received,))
+
+
 @pytest.mark.parametrize("family", EVERY, ids=str)
 @settings(max_examples=40)
 @given(data=st.data(), with_d_lse=st.booleans())
@@ -114,9 +154,8 @@ def test_any_call(family: ScoreFamily, data: st.DataObject, with_d_lse: bool) ->
         check(case, score, with_d_lse=with_d_lse)
 
 
-def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
-    """Judge out, LSE and all gradients of a call by the one tolerance rule."""
-    q, k, v, d_out = make_operands(case, cupy.asarray)
+def options_of(case: Case, score: Score) -> dict[str, Any]:
+    """Keyword arguments of the public functions."""
     mod = None
     if score.mod is not None:
         expression, values = score.mod
@@ -126,11 +165,17 @@ def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
             {name: values[name] for name in values if name not in numbers},
             {name: values[name] for name in values if name in numbers},
         )
-    options = {
+    return {
         **case.options, "mask": score.mask, "bias": score.bias, "alibi_slopes": score.alibi_slopes,
         "sinks": score.sinks, "softcap": score.softcap, "dropout_p": score.dropout_p, "seed": score.seed,
         "score_mod": mod,
     }  # fmt: skip
+
+
+def check(case: Case, score: Score, *, with_d_lse: bool) -> None:
+    """Judge out, LSE and all gradients of a call by the one tolerance rule."""
+    q, k, v, d_out = make_operands(case, cupy.asarray)
+    options = options_of(case, score)
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
     d_lse = None
     if with_d_lse:
