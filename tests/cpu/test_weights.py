@@ -511,15 +511,6 @@ def test_arrays_of_other_libraries():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_arrays_on_a_gpu_have_to_wait(function, monkeypatch):
-    monkeypatch.setitem(arrays.frameworks, DeviceArray, DeviceArrays())
-    q, lse = random(2, 9, 4).view(DeviceArray), random(2, 9).view(DeviceArray)
-    with pytest.raises(NotImplementedError, match=r"attention_weights and attention_received .* on a GPU yet"):
-        function(q, q, lse)
-    assert not function(q[:, :0], q, lse[:, :0]).any()
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("batches", BATCHES[1:4], ids=str)
 def test_launches_on_a_gpu(batches, function, monkeypatch):
     """What is launched, by NumPy on the addresses and strides that a kernel would get."""
