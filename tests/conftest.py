@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ from typing import Any
 import hypothesis
 import pytest
 
-from cuflash import compile as compiler
 from tests import gpu_record
 
 _GPU_TESTS = Path(__file__).parent / "gpu"
-#: These wait for compilations, which go on behind all others.
-_LAST = Path(__file__).parent / "cpu" / "test_compile_all.py"
 
 # Compiling, and a first call on a busy machine, take longer than any deadline that would find something.
 hypothesis.settings.register_profile("dev", max_examples=60, deadline=None)
@@ -61,28 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path == _LAST)
     for item in items:
         if _GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)
             if not HAS_GPU:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU, or no CuPy"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilations(request: pytest.FixtureRequest) -> Iterator[dict[Any, Any]]:
-    """Futures of what test_compile_all.py is going to ask for, by configuration and architecture.
-
-    They are under way from the start of the session, as other tests leave cores idle.
-    """
-    pool = ThreadPoolExecutor(os.cpu_count())
-    futures = {}
-    for item in request.session.items:
-        if isinstance(item, pytest.Function) and item.originalname == "test_compiles" and item.path == _LAST:
-            config, arch = item.callspec.params["config"], item.callspec.params["arch"]
-            futures[config, arch] = pool.submit(compiler.compile_cubin, config, arch)
-    yield futures
-    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

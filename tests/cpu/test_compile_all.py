@@ -1,13 +1,17 @@
 """Every configuration that a planner may choose compiles for its architecture, and the tuned ones spill nothing.
 
-NVRTC needs no GPU for this. What is collected compiles in the background, on all cores, while other tests run, which
-come first (conftest.py). All of it takes some 13 minutes of one core; with --few-kernels all architectures but one
+NVRTC needs no GPU for this. What is collected compiles in the background, on all cores, while the tests wait for
+one result after the other. All of it takes some 15 minutes of one core; with --few-kernels all architectures but one
 compile one configuration per kernel, arithmetic and head dims.
+
+What has tiles on tensor cores, where every register counts, is compiled for each architecture that would choose it; the
+rest, and what copies element by element, for the first of them and for the main one.
 """
 
+import os
 import struct
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -51,25 +55,42 @@ def selection(arch: int, few_kernels: bool) -> list[configs.Config]:
     return list(chosen.values())
 
 
+def compilations(few_kernels: bool) -> Iterator[Compilation]:
+    """What is compiled for which architecture."""
+    seen: set[configs.Config] = set()
+    for arch in configs.ARCHS:
+        for config in selection(arch, few_kernels):
+            is_tight = isinstance(config, configs.TileConfig) and config.copy != "element"
+            if is_tight or config not in seen or arch == MAIN_ARCH:
+                yield config, arch
+            seen.add(config)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "config" in metafunc.fixturenames:
-        few_kernels = metafunc.config.getoption("--few-kernels")
-        pairs = [(config, arch) for arch in configs.ARCHS for config in selection(arch, few_kernels)]
+        pairs = list(compilations(metafunc.config.getoption("--few-kernels")))
         ids = [f"sm_{arch}-{config.name}" for config, arch in pairs]
         metafunc.parametrize(("config", "arch"), pairs, ids=ids)
 
 
 @pytest.fixture(scope="module")
-def compiled(compilations: dict[Compilation, Future[compiler.Compiled]]) -> Callable[..., compiler.Compiled]:
+def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[configs.Config, int], compiler.Compiled]]:
     """Wait for the compilation of a configuration; all of them are under way."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    futures: dict[Compilation, Future[compiler.Compiled]] = {}
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.function is test_compiles:
+            config, arch = item.callspec.params["config"], item.callspec.params["arch"]
+            futures[config, arch] = pool.submit(compiler.compile_cubin, config, arch)
 
     def result(config: configs.Config, arch: int) -> compiler.Compiled:
         try:
-            return compilations.pop((config, arch)).result()
+            return futures.pop((config, arch)).result()
         except ImportError as error:
             pytest.skip(f"no NVRTC: {error}")
 
-    return result
+    yield result
+    pool.shutdown(cancel_futures=True)
 
 
 def is_whole_elf(cubin: bytes) -> bool:
