@@ -119,7 +119,8 @@ def test_compiles(
 
 @pytest.mark.parametrize("arch", configs.ARCHS)
 def test_tables_are_feasible_and_named_apart(arch: int) -> None:
-    every = configs.all_configs(arch) + configs.score_configs(arch)
+    every = configs.all_configs(arch) + configs.score_configs(arch) + configs.mod_configs(arch, MOD)
+    every += configs.weights_configs(arch)
     assert every
     for config in every:
         assert configs.feasible(config, arch), f"{config.name} does not fit sm_{arch}"

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuflash import cpu, reference
-from cuflash.expression import Bound, Captured, Expression
+from cuflash.expression import Captured
 from cuflash.scores import Band, Score
+from tests.cpu.expressions import bound
 from tests.strategies import DTYPES, STORAGES, bands, make_band, numpy_dtype, stored
 from tests.tolerance import Yardstick, accumulator
 
@@ -336,12 +337,7 @@ def make_mod(arrays, *texts):
         name: Captured(getattr(x, "ndim", None), isinstance(x, float) or name in ("rel", "gate", "table", "shift"))
         for name, x in arrays.items()
     }
-    steps = [Expression(text, {name: kind for name, kind in kinds.items() if name in text}) for text in texts]
-    mod = Bound(steps[0], {name: arrays[name] for name in steps[0].captures})
-    for step in steps[1:]:
-        both, names = mod.expression.then(step)
-        mod = Bound(both, {**mod.values, **{names[name]: arrays[name] for name in step.captures}})
-    return mod
+    return bound(arrays, kinds, *texts)
 
 
 MODS = {

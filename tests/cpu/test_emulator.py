@@ -19,10 +19,10 @@ import pytest
 from cuflash import arguments, configs, launch, plan, reference
 from cuflash.arguments import Options
 from cuflash.arrays import ArrayView, NumPyArrays
-from cuflash.expression import Bound
 from cuflash.problem import Problem
 from cuflash.score_mods import ScoreMod
 from cuflash.scores import Extras, Score
+from tests.cpu.expressions import bound_of
 from tests.emulator.device import Device, KernelError, Programs, compile_emulator, is_available
 from tests.strategies import EXPRESSIONS, Case, Operands, make_mod, make_operands, ml_dtypes
 from tests.tolerance import Yardstick
@@ -308,6 +308,11 @@ def test_slopes_begin_with_the_nearest_keys(
     check_scores(case, 90, Options(q_offset=q_offset), extras, device)
 
 
+def view(array: np.ndarray, name: str) -> ArrayView:
+    """An array as one on a GPU."""
+    return dataclasses.replace(NumPyArrays().view(array, name), device=0)
+
+
 def check_scores(
     case: Case, arch: int, options: Options, extras: Extras, device: Device, mod: ScoreMod | None = None
 ) -> None:
@@ -315,15 +320,11 @@ def check_scores(
     arrays = {} if mod is None else mod.arrays
     if mod is not None:
         options = options._replace(score_mod=mod.option)
-    bound = None if mod is None else Bound(mod.expression, {**mod.arrays, **mod.numbers})
     clean = make_operands(case)
     q_offset = case.seqlen_k - case.seqlen_q if options.q_offset is None else options.q_offset
     score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, q_offset, extras.sinks,
-                  options.dropout_p, 1 << 40, 3, bound)  # fmt: skip
+                  options.dropout_p, 1 << 40, 3, None if mod is None else bound_of(mod))  # fmt: skip
     yardstick = Yardstick(clean.q, clean.k, clean.v, band=case.band, scale=case.softmax_scale, score=score)
-
-    def view(array: np.ndarray, name: str) -> ArrayView:
-        return dataclasses.replace(NumPyArrays().view(array, name), device=0)
 
     q, k, v, d_out = make_operands(case, device.put)
     info = plan.DeviceInfo.of_arch(arch)
@@ -389,14 +390,9 @@ def check_weights(
     """Judge rows of the weights that follow from an LSE, and their sums."""
     q, k, lse = operands
     extras, pointers, arrays = of_score
-    views = [
-        dataclasses.replace(NumPyArrays().view(x, name), device=0)
-        for x, name in zip(operands, ("q", "k", "lse"), strict=True)
-    ]
-    named = extras._replace(sinks=None)._asdict().items()
-    extra_views = Extras(*(None if x is None else dataclasses.replace(NumPyArrays().view(x, name), device=0)
-                           for name, x in named))  # fmt: skip
-    captured = [dataclasses.replace(NumPyArrays().view(x, name), device=0) for name, x in arrays.items()]
+    views = [view(x, name) for x, name in zip(operands, ("q", "k", "lse"), strict=True)]
+    extra_views = extras._replace(sinks=None).map(view, Extras._fields)
+    captured = [view(x, name) for name, x in arrays.items()]
     options = options._replace(dropout_p=0.0, deterministic=False)
     for rows in (slice(3, None, 2), None):
         if rows is None:

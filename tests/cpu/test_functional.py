@@ -392,9 +392,17 @@ class HostLaunches:
         return Bound(f.mod.expression, {name: arrays[name] if name in arrays else next(numbers) for name in names})
 
     def score(
-        self, problem: Any, strides: Extras, pointers: Any, seed: int, seed_at: int, first_batch: int, mod: Any
+        self,
+        problem: Any,
+        strides: Extras,
+        captured: Any,
+        pointers: Any,
+        seed: int,
+        seed_at: int,
+        first_batch: int,
+        captures: Any,
     ) -> Score:
-        f = problem.features
+        f, mod = problem.features, self.bind(problem, captured, captures)
         if seed_at:
             assert seed == 0
             seed = int(at(seed_at, (1,), (1,), "uint64")[0])
@@ -434,8 +442,7 @@ class HostLaunches:
             self.log.append(("forward", device, stream))
             addressed = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
             parts = [self.operand(problem, *each) for each in addressed]
-            mod = self.bind(problem, captured, captures)
-            score = self.score(problem, extras, pointers, seed, seed_at, first, mod)
+            score = self.score(problem, extras, captured, pointers, seed, seed_at, first, captures)
             cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale, score=score)
 
         call.workspace_bytes = 64 if problem.features.mask else 0
@@ -468,8 +475,7 @@ class HostLaunches:
         ) -> None:
             self.log.append(("weights", device, stream))
             parts = [self.operand(problem, *each) for each in zip(("q", "k"), (q, k), strides, strict=True)]
-            mod = self.bind(problem, captured, captures)
-            score = self.score(problem, extras, pointers, seed, seed_at, first, mod)
+            score = self.score(problem, extras, captured, pointers, seed, seed_at, first, captures)
             options = {"band": problem.band, "scale": problem.scale, "score": score}
             out = at(weights, shape, c_order(shape), problem.lse_dtype)
             if rows is None:
@@ -512,8 +518,7 @@ class HostLaunches:
                 bias_sum = bias_sum[tuple(slice(0, 1) if n == 0 else slice(None) for n in bias_sum.strides)]
             if sink_sums is not None:
                 sink_sums = sink_sums[0]  # the others are zeros, and so is their share of the sum
-            mod = self.bind(problem, captured, captures)
-            score = self.score(problem, extras, extra_pointers, seed, seed_at, first, mod)
+            score = self.score(problem, extras, captured, extra_pointers, seed, seed_at, first, captures)
             assert [bool(pointer) for pointer in by_captured] == list(wants_captured)
             d_captured = {
                 name: at(pointer, array.shape, c_order(array.shape), problem.lse_dtype)

@@ -1,11 +1,14 @@
 """The reference itself: against finite differences, and on cases whose answer is known."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from cuflash import reference
 from cuflash.expression import Bound, Captured, Expression
 from cuflash.scores import Band, Score
+from tests.cpu import expressions
 
 BANDS = {
     "open": Band(),
@@ -164,17 +167,7 @@ CAPTURED = {
 }  # fmt: skip
 
 
-def bound(*texts):
-    """Expressions one after the other, with the arrays that they name."""
-    first, *others = (
-        Expression(text, {name: found for name, found in CAPTURED.items() if name in text}) for text in texts
-    )
-    values = {name: ARRAYS[name] for name in first.captures}
-    for other in others:
-        first, names = first.then(other)
-        values |= {names[name]: ARRAYS[name] for name in other.captures}
-    return Bound(first, values)
-
+bound = functools.partial(expressions.bound, ARRAYS, CAPTURED)
 
 SCORES |= {
     "relative bias": Score(mod=bound("score + rel[h, q_idx - k_idx + 4]")),

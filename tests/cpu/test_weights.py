@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import cuflash
 from cuflash import arguments, arrays, cpu, reference
-from cuflash.expression import Bound
 from cuflash.scores import Band, Score
+from tests.cpu.expressions import bound_of
 from tests.cpu.test_cpu_scores import BANDS, MODS, canonical, forward, make_arrays, make_options, make_problem, problems
 from tests.cpu.test_cpu_scores import make_mod as bound_mod
 from tests.cpu.test_dlpack import Array
@@ -128,7 +128,7 @@ def test_public_functions(case, with_mod):
     assert received.shape == (case.batch, case.num_heads, case.seqlen_k)
     if case.layout == "bshd":
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    score = Score(mod=None if mod is None else Bound(mod.expression, {**mod.arrays, **mod.numbers}))
+    score = Score(mod=None if mod is None else bound_of(mod))
     yardstick = Yardstick(q, k, v, band=case.band, scale=case.softmax_scale, score=score)
     yardstick.assert_weights(weights, lse)
     yardstick.assert_received(received, lse)
