@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cuflash
 from cuflash import arguments, configs, launch, plan, reference
 from cuflash.arguments import Options
 from cuflash.arrays import ArrayView, NumPyArrays
@@ -291,6 +292,21 @@ def test_masks(seed: int, arch: int, programs: Programs, tmp_path: Path, monkeyp
     tiles = tiles.repeat(64, -1).repeat(64, -2)[:, :, : case.seqlen_q, : case.seqlen_k]
     extras = Extras(device.put(np.broadcast_to((mask & (tiles > 0)) | (tiles > 1), mask.shape)), None, None, None)
     check_scores(case, arch, Options(window=window), extras, device)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_derivatives_of_hidden_pairs(
+    arch: int, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an expression hides a pair, its derivatives count for nothing, whatever they are."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    case = Case("float16", num_heads=2, num_heads_kv=1, seqlen_q=45, seqlen_k=77, head_dim=32, head_dim_v=32)
+    mod = cuflash.score_mod(
+        "score * gate[h] if k_idx % 3 else log(gate[h] * 0 + 0 * score)",
+        gate=device.put(np.array([0.5, 1.5], np.float32)),
+    )
+    check_scores(case, arch, Options(), Extras(), device, mod)
 
 
 @pytest.mark.parametrize("q_offset", [-250, -1000])
