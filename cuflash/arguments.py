@@ -586,7 +586,7 @@ def _call(
         head_dim_v=shapes.head_dim_v,
         scale=_check_scale(options.scale, shapes.head_dim),
         band=_check_band(options, shapes.seqlen_q, shapes.seqlen_k),
-        features=_check_features(options, extras, shapes, given.mask and given.mask[len(loop) :], captured, q),
+        features=_check_features(options, extras, shapes, given, len(loop), captured, q),
         precision=_check_precision(options.precision, shapes.dtype, shapes.device),
         deterministic=deterministic,
         vectorized=is_vectorized,
@@ -702,11 +702,12 @@ def _check_features(
     options: Options,
     extras: Extras,
     shapes: _Shapes,
-    mask: tuple[int, ...] | None,
+    strides: Extras,
+    depth: int,
     captured: Sequence[ArrayView],
     q: ArrayView,
 ) -> Features:
-    """What the call does to its scores; `mask` are the strides of the mask, from the batch on."""
+    """What the call does to its scores; of the strides of the extras the first `depth` are looped over."""
     mod = None
     if options.score_mod is not None:
         for view in captured:
@@ -720,17 +721,28 @@ def _check_features(
         q_offset = (
             shapes.seqlen_k - shapes.seqlen_q if options.q_offset is None else _check_int(options.q_offset, "q_offset")
         )
+    mask = None if strides.mask is None else strides.mask[depth:]
     return Features(
         softcap=_check_softcap(options.softcap),
         mod=mod,
         mod_numbers=() if options.score_mod is None else options.score_mod.numbers,
         mask=None if mask is None else (mask[0] != 0, mask[1] != 0, mask[2] != 0, mask[3] != 0),
         bias=dtypes.bias,
+        bias_tiles=strides.bias is not None and _has_tiles(extras.bias, strides.bias),
         alibi_slopes=dtypes.alibi_slopes,
         q_offset=q_offset,
         sinks=dtypes.sinks,
         dropout_p=check_dropout_p(options.dropout_p),
     )
+
+
+def _has_tiles(view: ArrayView, strides: tuple[int, ...]) -> bool:
+    """Whether a TMA descriptor can describe an array by pairs, and tiles of it are worth loading."""
+    *outer, key = strides
+    in_bytes = [stride * view.itemsize for stride in outer]
+    is_aligned = view.pointer % ALIGNMENT == 0 and all(stride % ALIGNMENT == 0 for stride in in_bytes)
+    is_described = key == 1 and outer[-1] != 0 and all(0 <= stride < STRIDE_LIMIT for stride in in_bytes)
+    return view.itemsize == 2 and is_aligned and is_described
 
 
 def _check_softcap(softcap: Any) -> float | None:

@@ -242,6 +242,7 @@ class ForwardWgmmaConfig(TileConfig):
     num_stages: int = 2
     q_stages: int = 2
     ping_pong: bool = True
+    bias_stages: int = 0
     min_blocks: int = 1
     score: ScoreConfig = ScoreConfig()
 
@@ -266,13 +267,14 @@ class ForwardWgmmaConfig(TileConfig):
         columns, columns_v = (ceil_div(dim, 64) * 64 for dim in (self.head_dim, self.head_dim_v))
         stage = self.block_n * (columns + columns_v)
         elems = self.q_stages * self.block_m * columns + self.num_stages * stage
-        return 2 * elems + 32 * (self.q_stages + self.num_stages)
+        elems += self.bias_stages * self.block_m * ceil_div(self.block_n, 64) * 64
+        return 2 * elems + 32 * (self.q_stages + self.num_stages) + 16 * self.bias_stages
 
     @property
     def name(self) -> str:
         return (
             f"{self.tile_name}_s{self.num_stages}_q{self.q_stages}{'_pingpong' if self.ping_pong else ''}_{self.copy}"
-            f"{self.score.name}"
+            f"{self.score.name}{f'_b{self.bias_stages}' if self.bias_stages else ''}"
         )
 
 
@@ -898,28 +900,48 @@ _FORWARD_WGMMA_UNMASKED = _FORWARD_WGMMA_SCORES | {
 }
 
 
-def _forward_wgmma_table(score: ScoreConfig) -> dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]]:
+# The same where tiles of the bias are loaded, two at a time: it needs room beside keys and values, not registers.
+_FORWARD_WGMMA_BIAS_TILES = _FORWARD_WGMMA_SCORES | {
+    (32, 32): (96, ((192, 2, 2, False, 1.0), (128, 2, 2, False, 0.85), (64, 2, 2, False, 0.6))),
+    (64, 64): (96, ((192, 2, 2, False, 1.0), (128, 2, 2, False, 0.85), (64, 2, 2, False, 0.6))),
+    (96, 96): (128, ((128, 2, 1, False, 1.0), (64, 2, 2, False, 0.6))),
+    (128, 128): (128, ((128, 2, 1, False, 1.0), (64, 2, 1, False, 0.6))),
+}
+_BIAS_STAGES = 2
+
+
+def _forward_wgmma_table(
+    score: ScoreConfig, bias_tiles: bool
+) -> dict[tuple[int, int], tuple[int, tuple[_WgmmaRow, ...]]]:
     if not score.any():
         return _FORWARD_WGMMA
+    if bias_tiles:
+        return _FORWARD_WGMMA_BIAS_TILES
     if score.bias or (score.mod and score.mod.expression.differs_by_pair):
         return _FORWARD_WGMMA_BIAS
     return _FORWARD_WGMMA_SCORES if score.mask else _FORWARD_WGMMA_UNMASKED
 
 
 def forward_wgmma_configs(
-    mma: str, head_dim: int, head_dim_v: int, vectorized: bool, score: ScoreConfig = ScoreConfig()
+    mma: str,
+    head_dim: int,
+    head_dim_v: int,
+    vectorized: bool,
+    score: ScoreConfig = ScoreConfig(),
+    bias_tiles: bool = False,
 ) -> list[tuple[ForwardWgmmaConfig, float]]:
     """The rows of the table, each with the cost of a tile; `head_dim`s are padded ones.
 
     The rows of one entry give the same bits: they differ in nothing that rounding depends on.
     """
-    block_n, rows = _forward_wgmma_table(score)[head_dim, head_dim_v]
+    block_n, rows = _forward_wgmma_table(score, bias_tiles)[head_dim, head_dim_v]
     copy = "tma" if vectorized else "element"
     # Copying element by element takes registers that three consumers do not leave.
     most = 192 if vectorized else 128
     dims = head_dim, head_dim_v
+    ahead = _BIAS_STAGES if bias_tiles else 0
     return [
-        (ForwardWgmmaConfig(mma, copy, *dims, block_m, block_n, stages, q_stages, ping_pong, score=score), cost)
+        (ForwardWgmmaConfig(mma, copy, *dims, block_m, block_n, stages, q_stages, ping_pong, ahead, score=score), cost)
         for block_m, stages, q_stages, ping_pong, cost in rows
         if block_m <= most
     ]

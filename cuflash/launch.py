@@ -21,6 +21,7 @@ import numpy as np
 
 from . import compile as compiler
 from . import configs, environment, params, rng
+from .arrays import ALIGNMENT
 from .plan import DeviceInfo, MaskBlocks, Plan, plan_backward, plan_captured, plan_forward, plan_weights
 from .problem import ITEMSIZE, CapturedArray, Problem
 from .scores import NO_EXTRAS, Band, Extras
@@ -114,6 +115,8 @@ def _with_keys(problem: Problem, first: int, end: int) -> Problem:
     features = problem.features
     if features.alibi_slopes is not None:
         features = dataclasses.replace(features, q_offset=features.q_offset - first)
+    if features.bias_tiles and first * ITEMSIZE[str(features.bias)] % ALIGNMENT:
+        features = dataclasses.replace(features, bias_tiles=False)
     return dataclasses.replace(problem, seqlen_k=end - first, band=Band(lower, upper), features=features)
 
 
@@ -125,9 +128,16 @@ def _fill_mask_blocks(block: Any, made: MaskBlocks | None) -> None:
 
 
 def _forward_maps(
-    problem: Problem, config: configs.ForwardWgmmaConfig, pack: int, *strides: params.Strides
+    problem: Problem,
+    config: configs.ForwardWgmmaConfig,
+    pack: int,
+    bias: tuple[int, ...] | None,
+    *strides: params.Strides,
 ) -> TensorMaps:
-    """Descriptors of q, (dim, query head of a pack, row, head, batch), and of k and v, (dim, row, head, batch)."""
+    """Descriptors of q, (dim, query head of a pack, row, head, batch), and of k and v, (dim, row, head, batch).
+
+    Where tiles of it are loaded, of the bias, (key, query, head, batch), too.
+    """
     p = problem
     q, k, v = (tuple(stride * ITEMSIZE[p.dtype] for stride in operand) for operand in strides)
     q_lengths = (p.head_dim, pack, p.seqlen_q, p.num_heads // pack, p.batch)
@@ -135,13 +145,20 @@ def _forward_maps(
     k_lengths = (p.head_dim, p.seqlen_k, p.num_heads_kv, p.batch)
     v_lengths = (p.head_dim_v, *k_lengths[1:])
     key_box = (64, config.block_n, 1, 1)
-    return TensorMaps(
-        [
-            TensorMap(p.dtype, q_lengths, q_strides, (64, pack, config.block_m // pack, 1, 1)),
-            TensorMap(p.dtype, k_lengths, k[::-1], key_box),
-            TensorMap(p.dtype, v_lengths, v[::-1], key_box),
-        ]
-    )
+    maps = [
+        TensorMap(p.dtype, q_lengths, q_strides, (64, pack, config.block_m // pack, 1, 1)),
+        TensorMap(p.dtype, k_lengths, k[::-1], key_box),
+        TensorMap(p.dtype, v_lengths, v[::-1], key_box),
+    ]
+    if config.bias_stages:
+        assert bias is not None
+        assert p.features.bias is not None
+        outer = [stride * ITEMSIZE[p.features.bias] for stride in bias[:3]]
+        # Axes along which it is broadcast have one entry.
+        heads, batch = (n if stride else 1 for n, stride in zip((p.num_heads, p.batch), outer[1::-1], strict=True))
+        lengths = (p.seqlen_k, p.seqlen_q, heads, batch)
+        maps.append(TensorMap(p.features.bias, lengths, outer[::-1], (64, config.block_m, 1, 1)))
+    return TensorMaps(maps)
 
 
 def _backward_maps(problem: Problem, config: configs.BackwardWgmmaConfig, *strides: params.Strides) -> TensorMaps:
@@ -212,17 +229,17 @@ class ForwardCall:
             block["scale_log2"] = sign * scale_log2
             block["order"] = dataclasses.astuple(self.plan.order)
             if config.copy == "tma":
-                maps = _forward_maps(problem, config, self.plan.order.pack, q, k, v)
+                maps = _forward_maps(problem, config, self.plan.order.pack, extras.bias, q, k, v)
         else:
             block["scale_log2"], block["score_sign"] = scale_log2, sign
         block["scale"] = problem.scale
         params.fill_score(block, problem, extras, itemsizes)
         block["score"]["first_key"] = first_key
         params.fill_mod(block, whole, first_key, captured)
-        of_score = tuple(
-            f"score.{name}" for name in (*Extras._fields, "seed", "seed_at", "first_batch", "mask_blocks", "mask_bits")
-        )
-        pointers = ("q", "k", "v", "out", "lse", *of_score, *params.pointers_of_mod(config.mod))
+        of_score = ("mask", "alibi_slopes", "sinks", "seed", "seed_at", "first_batch", "mask_blocks", "mask_bits")
+        # What may have a descriptor comes first.
+        pointers = ("q", "k", "v", "score.bias", "out", "lse", *(f"score.{name}" for name in of_score))
+        pointers = (*pointers, *params.pointers_of_mod(config.mod))
         _fill_mask_blocks(block, self.plan.mask_blocks)
         self._bits_at = 0 if self.plan.mask_blocks is None else self.plan.mask_blocks.bits_at
         self._call = _Call((self.plan,), device_id, block, pointers, maps)
@@ -248,9 +265,9 @@ class ForwardCall:
         is the number of the first batch entry, as dropout counts them; `captured` are pointers to what an expression
         captures.
         """
-        extras = tuple(map(operator.add, extras, self._extra_offsets))
-        more = (*extras, seed, seed_at, first_batch, workspace, workspace + self._bits_at, *captured)
-        self._call(stream, q, k + self._k_offset, v + self._v_offset, out, lse, *more)
+        mask, bias, slopes, sinks = map(operator.add, extras, self._extra_offsets)
+        more = (mask, slopes, sinks, seed, seed_at, first_batch, workspace, workspace + self._bits_at, *captured)
+        self._call(stream, q, k + self._k_offset, v + self._v_offset, bias, out, lse, *more)
 
 
 class WeightsCall:

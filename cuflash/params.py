@@ -45,6 +45,7 @@ _SCORE = np.dtype(
         ("seed_at", "u8"),
         ("softcap", "f8"),
         ("kept_scale", "f8"),
+        *((name, "f4") for name in ("factor", "softcap_f32", "kept_scale_f32")),
         *((name, "i4") for name in ("dropped", "first_batch", "q_offset", "first_key")),
     ],
     align=True,
@@ -89,7 +90,7 @@ PARAMS = {
     ),
     "ForwardWgmmaParams": _with_maps(
         [
-            *((name, _MAP) for name in ("q_map", "k_map", "v_map")),
+            *((name, _MAP) for name in ("q_map", "k_map", "v_map", "bias_map")),
             *_FORWARD,
             ("scale_log2", "f4"),
             ("order", _TILE_ORDER),
@@ -211,8 +212,9 @@ def fill_score(block: Any, problem: Problem, strides: Extras, itemsizes: Extras)
             axes = (0, *own) if name == "sinks" else own
             in_bytes = [stride * itemsize for stride in axes]
             block["score"][name] = (0, *in_bytes, *[0] * (4 - len(in_bytes)))
-    block["score"]["softcap"] = features.softcap or 0.0
-    block["score"]["kept_scale"] = 1 / (1 - features.dropout_p)
+    block["score"]["factor"] = problem.scale / (features.softcap or 1.0)
+    for name, value in (("softcap", features.softcap or 0.0), ("kept_scale", 1 / (1 - features.dropout_p))):
+        block["score"][name] = block["score"][f"{name}_f32"] = value
     block["score"]["dropped"] = rng.threshold(features.dropout_p)
     block["score"]["q_offset"] = features.q_offset
 

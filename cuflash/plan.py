@@ -382,7 +382,7 @@ def _no_wgmma(problem: Problem, device: DeviceInfo, exists: bool) -> ValueError:
 def _plan_forward_wgmma(mma: str, head_dim: int, head_dim_v: int, problem: Problem, device: DeviceInfo) -> Plan:
     p = problem
     score = configs.ScoreConfig.of(p.features)
-    rows = configs.forward_wgmma_configs(mma, head_dim, head_dim_v, p.vectorized, score)
+    rows = configs.forward_wgmma_configs(mma, head_dim, head_dim_v, p.vectorized, score, p.features.bias_tiles)
     largest = rows[0][0]
     # What is done to scores differs between heads, so that a tile is of one.
     pack = _pack(p, largest.block_m) if p.vectorized and not score.any() else 1

@@ -48,6 +48,8 @@ class Features:
     mod: Mod | None = None
     #: What the expression captures beside arrays, in its order.
     mod_numbers: tuple[float, ...] = ()
+    #: Whether tiles of the bias can be loaded by TMA: 16 bits, keys side by side, rows of their own on 16 bytes.
+    bias_tiles: bool = False
 
 
 @dataclass(frozen=True, slots=True)

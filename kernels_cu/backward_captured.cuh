@@ -86,7 +86,7 @@ CUFLASH_DEVICE void backward_captured(Params const& params, u32 smem) {
     using Changes = HeadScores<cfg.score, float, is_16bit(kMma)>;
     Changes const head_scores(params, batch, head);
     CapturedSums<Changes, float> sums(head_scores);
-    float const scale = static_cast<float>(params.scale), kept_scale = static_cast<float>(params.score.kept_scale);
+    float const scale = static_cast<float>(params.scale), kept_scale = params.score.kept_scale_f32;
 
     // ---- mainloop ----
 #pragma unroll 1

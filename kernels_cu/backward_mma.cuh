@@ -284,8 +284,7 @@ CUFLASH_DEVICE void backward_mma(ParamsOf<cfg.score, BackwardParams> const& para
                         Fetched fetched;
                         fetched.fetch(head_scores, shape, q_first, k_first, current.m_block, current.is_partial, lane);
                         float derivative[kN][4];
-                        head_scores.change(p[m], derivative, static_cast<float>(params.scale), fetched, 0, q_first, k_first,
-                                           lane);
+                        head_scores.change(p[m], derivative, fetched, 0, q_first, k_first, lane);
                         if constexpr (cfg.score.bends()) {
 #pragma unroll
                             for (int n = 0; n < kN; ++n)
@@ -376,7 +375,7 @@ CUFLASH_DEVICE void backward_mma(ParamsOf<cfg.score, BackwardParams> const& para
                                 float& x = ds[m][k * kTiles + n][j];
                                 if constexpr (cfg.score.dropout) {
                                     bool const is_dropped = __float_as_uint(p[n][j]) >> 31;
-                                    x = is_dropped ? 0.f : x * static_cast<float>(params.score.kept_scale);
+                                    x = is_dropped ? 0.f : x * params.score.kept_scale_f32;
                                     p[n][j] = fabsf(p[n][j]);
                                 }
                                 x = p[n][j] * (x - delta[n][j % 2]);
@@ -426,7 +425,7 @@ CUFLASH_DEVICE void backward_mma(ParamsOf<cfg.score, BackwardParams> const& para
     // ---- epilogue: dV replaces V, and dK replaces K, which nobody reads any more ----
     __syncthreads();
     bool const is_value_warp = warp < kPairs;
-    float const value_factor = cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f;
+    float const value_factor = cfg.score.dropout ? params.score.kept_scale_f32 : 1.f;
     float const factor = is_value_warp ? value_factor : static_cast<float>(params.scale);
 #pragma unroll
     for (int m = 0; m < kM; ++m)

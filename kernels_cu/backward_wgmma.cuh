@@ -144,14 +144,13 @@ struct BackwardConsumer {
     // Scores in units of log2, and the derivative by what they were.
     CUFLASH_DEVICE void change(Scores& s, Weights& slope, Fetched const& fetched) const {
         Changes const change = changes();
-        float const scale = static_cast<float>(steps.params.scale);
         int const q_first = steps.q_begin(at);
         int const k_first = steps.k_begin(at) + 16 * warp;
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
             float derivative[2][4];
             float(&two)[2][4] = reinterpret_cast<float(&)[2][4]>(s[0][2 * k]);
-            change.change(two, derivative, scale, fetched, 2 * k, q_first + 16 * k, k_first, lane);
+            change.change(two, derivative, fetched, 2 * k, q_first + 16 * k, k_first, lane);
             if constexpr (cfg.score.bends()) acc_to_a(slope[k], derivative, 0);
         }
     }
@@ -184,7 +183,7 @@ struct BackwardConsumer {
     CUFLASH_DEVICE void to_changed_d_scores(Weights& ds, Scores& dp, Weights const& p, Weights const& slope,
                                             Numbers const& deltas, float& slope_sum) const {
         BackwardWgmmaParams const& params = steps.params;
-        float const kept_scale = static_cast<float>(params.score.kept_scale);
+        float const kept_scale = params.score.kept_scale_f32;
         int const head = steps.head(at), batch = work().batch();
         int const q_first = steps.q_begin(at), k_first = steps.k_begin(at) + 16 * warp;
         char* const d_bias = params.d_bias.pointer == nullptr ? nullptr : params.d_bias.at(batch, head);
@@ -316,7 +315,7 @@ struct BackwardConsumer {
     }
     CUFLASH_DEVICE void store_dv(float (&dv)[cfg.head_dim_v / 8][4], int row) const {
         if constexpr (cfg.score.dropout) {
-            float const kept_scale = static_cast<float>(steps.params.score.kept_scale);
+            float const kept_scale = steps.params.score.kept_scale_f32;
 #pragma unroll
             for (int n = 0; n < cfg.head_dim_v / 8; ++n)
 #pragma unroll

@@ -140,8 +140,7 @@ CUFLASH_DEVICE void forward_mma(ParamsOf<cfg.score, ForwardParams> const& params
                 Fetched fetched;
                 fetched.fetch(head_scores, shape, q_first, n * cfg.block_n, n, is_partial, lane);
                 float derivative[kN][4];
-                head_scores.change(s[m], derivative, static_cast<float>(params.scale), fetched, 0, q_first, n * cfg.block_n,
-                                   lane);
+                head_scores.change(s[m], derivative, fetched, 0, q_first, n * cfg.block_n, lane);
             }
         } else if (params.score_sign < 0.f) {
             float flip[kM][2];
@@ -300,7 +299,7 @@ CUFLASH_DEVICE void forward_mma(ParamsOf<cfg.score, ForwardParams> const& params
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float const sum = softmax.row_sum[m][h];
-            inverse[m][h] = sum == 0.f ? 0.f : (cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f) / sum;
+            inverse[m][h] = sum == 0.f ? 0.f : (cfg.score.dropout ? params.score.kept_scale_f32 : 1.f) / sum;
             int const q_idx = q_begin + warp_row + 16 * m + acc_row(lane, 2 * h);
             if (params.lse != nullptr && lane % 4 == 0 && q_idx < q_end) {
                 i64 const index = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q + q_idx;

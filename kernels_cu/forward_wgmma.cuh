@@ -45,11 +45,13 @@ struct ForwardWgmmaTiles {
     using Q = SmemTile<cfg.block_m, kCols, 2>;
     using K = SmemTile<cfg.block_n, kCols, 2>;
     using V = SmemTile<cfg.block_n, kColsV, 2>;
+    using Bias = SmemTile<cfg.block_m, (cfg.block_n + 63) / 64 * 64, 2>;
     static constexpr int kK = cfg.q_stages * Q::kBytes;
     static constexpr int kV = kK + cfg.num_stages * K::kBytes;
-    static constexpr int kNotes = kV + cfg.num_stages * V::kBytes;  // what the producer says of a tile: 16 bytes each
-    static constexpr int kBarriers = kNotes + 16 * cfg.q_stages;    // 8 bytes each: full and empty of Q, K and V
-    static constexpr int kBytes = kBarriers + 16 * (cfg.q_stages + 2 * cfg.num_stages);
+    static constexpr int kBias = kV + cfg.num_stages * V::kBytes;
+    static constexpr int kNotes = kBias + cfg.bias_stages * Bias::kBytes;  // what the producer says of a tile: 16 bytes each
+    static constexpr int kBarriers = kNotes + 16 * cfg.q_stages;  // 8 bytes each: full and empty of Q, K, V and the bias
+    static constexpr int kBytes = kBarriers + 16 * (cfg.q_stages + 2 * cfg.num_stages + cfg.bias_stages);
 };
 
 template <ForwardWgmmaConfig cfg>
@@ -62,10 +64,13 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
                   "head dims are padded before");
     static_assert(cfg.num_stages >= 2, "one step is computed while the next one arrives");
     static_assert(!cfg.ping_pong || cfg.consumers() > 1, "it takes two to take turns");
+    static_assert(cfg.bias_stages == 0 || (cfg.copy == Copy::kTma && (cfg.score.bias == Bias::kF16 || cfg.score.bias == Bias::kBF16)),
+                  "tiles of the bias are copied by the engine, and hold 16-bit elements");
     using Tiles = ForwardWgmmaTiles<cfg>;
     using TileQ = typename Tiles::Q;
     using TileK = typename Tiles::K;
     using TileV = typename Tiles::V;
+    using TileBias = typename Tiles::Bias;
     constexpr Mma kMma = cfg.mma;
     constexpr bool kTma = cfg.copy == Copy::kTma;
     constexpr int kConsumers = cfg.consumers();
@@ -76,7 +81,11 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
     constexpr int kStepsPV = cfg.block_n / 16;
     // Of 168 registers per thread with two consumers, 128 with three; with one, each thread has the most there is.
     using Changes = HeadScores<cfg.score, float, true>;
-    using Fetched = typename Changes::template Fetched<false, kN>;
+    constexpr bool kBiasTiles = cfg.bias_stages > 0;
+    using FromMemory = PairsFragment<false, typename Element<bias_dtype(cfg.score.bias)>::Stored, kN>;
+    using Fetched = typename Changes::template Fetched<
+        false, kN, typename Either<kBiasTiles, PairsTile<TileBias>, FromMemory>::Type>;
+    using BiasRing = Ring<kBiasTiles ? cfg.bias_stages : 1>;
     using Order = BlockList<cfg.score.mask, Changes::kTurns>;
     constexpr int kProducerRegisters = kConsumers == 3 ? (cfg.score.any() ? 56 : 32) : kTma ? 40 : 56;
     constexpr int kConsumerRegisters = kConsumers == 3 ? (cfg.score.any() ? 152 : 160) : kTma ? 232 : 224;
@@ -91,6 +100,8 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
     u32 const k_empty = k_full + 8 * kStages;
     u32 const v_full = k_empty + 8 * kStages;
     u32 const v_empty = v_full + 8 * kStages;
+    u32 const bias_full = v_empty + 8 * kStages;
+    u32 const bias_empty = bias_full + 8 * cfg.bias_stages;
     int const warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for all lanes, and known to be
     int const thread = threadIdx.x % 128;
     int const rows_per_tile = cfg.block_m / order.pack;  // queries of a tile
@@ -108,11 +119,16 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
             mbarrier_init(k_empty + 8 * i, 4 * kConsumers);
             mbarrier_init(v_empty + 8 * i, 4 * kConsumers);
         }
+        for (int i = 0; i < cfg.bias_stages; ++i) {
+            mbarrier_init(bias_full + 8 * i, 1);
+            mbarrier_init(bias_empty + 8 * i, 4 * kConsumers);
+        }
         mbarrier_init_fence();
         if constexpr (kTma) {
             tma_prefetch(params.q_map);
             tma_prefetch(params.k_map);
             tma_prefetch(params.v_map);
+            if constexpr (kBiasTiles) tma_prefetch(params.bias_map);
         }
     }
     // Rows that no query of a tile takes, which a pack that does not divide block_m leaves, are never loaded either.
@@ -155,12 +171,29 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
                 mbarrier_arrive(barrier);
             }
         };
-        // K of a block, unless it is negative, and V of the block before, likewise.
+        // The bias of a block of keys for a tile of queries.
+        auto load_bias = [&](int n, int q_begin, TileCoordinates const& at) {
+            BiasRing const place{ring.count};
+            u32 const target = smem + Tiles::kBias + place.stage() * TileBias::kBytes;
+            u32 const barrier = bias_full + 8 * place.stage();
+            mbarrier_wait(bias_empty + 8 * place.stage(), ~place.parity() & 1);
+            if (!leader) return;
+            mbarrier_arrive_expect(barrier, TileBias::kBytes);
+            int const head = params.score.bias.head_stride == 0 ? 0 : at.head;
+            int const batch = params.score.bias.batch_stride == 0 ? 0 : at.batch;
+#pragma unroll
+            for (int c = 0; c < TileBias::kCols; c += 64)
+                tma_load_4d(target + c / 64 * TileBias::kSlabStride, params.bias_map, barrier, n * cfg.block_n + c, q_begin,
+                            head, batch);
+        };
+        // K and the bias of a block, unless it is negative, and V of the block before, likewise.
         int v_block = -1, v_head = 0, v_batch = 0;
-        auto step = [&](int k_block, int head, int batch) {
-            if (k_block >= 0)
+        auto step = [&](int k_block, int head, int batch, int q_begin, TileCoordinates const& at) {
+            if (k_block >= 0) {
                 load(TileK{}, params.k_map, params.k, k_smem, k_full, k_empty, ring, k_block, head, batch,
                      shape.head_dim * 2);
+                if constexpr (kBiasTiles) load_bias(k_block, q_begin, at);
+            }
             if (v_block >= 0)
                 load(TileV{}, params.v_map, params.v, v_smem, v_full, v_empty, ring + -1, v_block, v_head, v_batch,
                      shape.head_dim_v * 2);
@@ -190,7 +223,7 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
 #pragma unroll 1
             for (int n = range.last - 1; n >= first || n == range.last - 1; --n) {
                 // Without keys here, the values that are due come alone.
-                if (any || v_block >= 0) step(any ? tiles[n].tile : -1, head_kv, at.batch);
+                if (any || v_block >= 0) step(any ? tiles[n].tile : -1, head_kv, at.batch, q_begin, at);
                 if (n != range.last - 1) continue;
                 // Queries come after the first keys: their place may not be free before the step that these belong to.
                 int const slot = tile.stage();
@@ -246,12 +279,22 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
     auto await_v = [&](Ring<kStages> at) { mbarrier_wait(v_full + 8 * at.stage(), at.parity()); };
     auto release_k = [&](Ring<kStages> at) { release(k_empty + 8 * at.stage()); };
     auto release_v = [&](Ring<kStages> at) { release(v_empty + 8 * at.stage()); };
+    // The bias of the block whose scores these are, until they have become weights.
+    auto await_bias = [&](Ring<kStages> at) {
+        BiasRing const place{at.count};
+        if constexpr (kBiasTiles) mbarrier_wait(bias_full + 8 * place.stage(), place.parity());
+    };
+    auto release_bias = [&](Ring<kStages> at) {
+        if constexpr (kBiasTiles) release(bias_empty + 8 * BiasRing{at.count}.stage());
+    };
     // Blocks of keys that this warpgroup does not see.
     auto skip = [&](int blocks) {
 #pragma unroll 1
         for (; blocks > 0; --blocks) {
             await_k(ring);
             release_k(ring);
+            await_bias(ring);
+            release_bias(ring);
             await_turn();
             pass_turn();
             await_v(ring);
@@ -324,14 +367,18 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
             int row = warp_row;
             opaque(row);
             Fetched fetched;
+            if constexpr (kBiasTiles) {
+                await_bias(ring);
+                u32 const tile_smem = smem + Tiles::kBias + BiasRing{ring.count}.stage() * TileBias::kBytes;
+                fetched.bias.place = lane_address_a<TileBias>(tile_smem + row * TileBias::kSlabBytes, lane);
+            }
             fetched.fetch(head_scores, shape, q_begin + row, n * cfg.block_n, n, is_partial, lane);
             float derivative[kN][4];
-            head_scores.change(s[0], derivative, static_cast<float>(params.scale), fetched, 0, q_begin + row,
-                               n * cfg.block_n, lane);
+            head_scores.change(s[0], derivative, fetched, 0, q_begin + row, n * cfg.block_n, lane);
         };
         // The bias of a block on its way from memory: a line of one of the warp's rows per lane.
         auto prefetch = [&](int position) {
-            if constexpr (cfg.score.bias == Bias::kNone) return;
+            if constexpr (cfg.score.bias == Bias::kNone || kBiasTiles) return;
             constexpr int kSize = sizeof(typename Element<bias_dtype(cfg.score.bias)>::Stored), kLine = 128 / kSize;
             if (position < own_first || params.score.bias.key_stride != kSize) return;
             int const k_idx = tiles[position].tile * cfg.block_n + lane / 16 * kLine;
@@ -419,7 +466,7 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float const total = softmax.row_sum[h];
-                float const kept_scale = cfg.score.dropout ? static_cast<float>(params.score.kept_scale) : 1.f;
+                float const kept_scale = cfg.score.dropout ? params.score.kept_scale_f32 : 1.f;
                 inverse[0][h] = total == 0.f ? 0.f : kept_scale / total;
             }
             scale_rows(o, inverse);
@@ -470,6 +517,7 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
             for (int k = 0; k < kStepsPV; ++k) acc_to_a(p[k], s[0], k);
         };
         to_operand();
+        release_bias(ring);
         ring = ring + 1;
         if (n > own_first) await_k(ring);
 
@@ -527,6 +575,7 @@ CUFLASH_DEVICE void forward_wgmma(ParamsOf<cfg.score, ForwardWgmmaParams> const&
                 scale_rows(o, alpha);
             }
             to_operand();
+            release_bias(ring);
             ring = next;
         }
         release(q_empty + 8 * tile.stage());

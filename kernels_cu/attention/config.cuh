@@ -53,6 +53,7 @@ struct ForwardWgmmaConfig {
     int num_stages;  // key/value tiles in flight
     int q_stages;    // query tiles in flight; with two, the first scores of a tile run beside the end of the one before
     bool ping_pong;  // warpgroups take turns: products of one beside the softmax of the other
+    int bias_stages;  // tiles of a 16-bit bias in flight; 0 if it is read from global memory
     ScoreConfig score;
 
     constexpr int consumers() const { return block_m / 64; }

@@ -63,6 +63,10 @@ struct ScoreParams {
     char* seed_at;      // where the seed is, if it is on the device
     double softcap;
     double kept_scale;  // 1 / (1 - dropout_p)
+    // The same for what is held in float32. A conversion from double is slow enough to hold up a step of the main kernels.
+    float factor;       // of q.k: scale, or of what tanh is taken scale / softcap
+    float softcap_f32;
+    float kept_scale_f32;
     i32 dropped;       // how many of the draws of 16 bits drop a weight
     i32 first_batch;   // number of the first batch entry, as the generator counts
     i32 q_offset;      // where query 0 stands among the keys
@@ -93,7 +97,7 @@ struct TileOrder {
 };
 
 struct ForwardWgmmaParams {
-    TensorMap q_map, k_map, v_map;
+    TensorMap q_map, k_map, v_map, bias_map;
     Operand q, k, v, out;
     char* lse;
     Shape shape;

@@ -4,6 +4,7 @@
 //         Scores come in natural units and leave in units of log2, as the exponentials want them.
 #pragma once
 #include "../ptx/math.cuh"
+#include "../ptx/ldmatrix.cuh"
 #include "../ptx/movmatrix.cuh"
 #include "../ptx/reduction.cuh"
 #include "../tile/element.cuh"
@@ -20,6 +21,7 @@ struct alignas(2 * sizeof(Stored)) Two {
 // from k_first on; transposed it is the other way round. For pairs that do not exist it is that of a neighbour.
 template <bool kTransposed, class Stored, int kN>
 struct PairsFragment {
+    static constexpr bool kInShared = false;
     // Elements of 16 bits are fetched by two keys of a query, and turned when they are used.
     static constexpr bool kIsTurned = kTransposed && sizeof(Stored) == 2;
     Two<Stored> x[kN][2];
@@ -62,18 +64,38 @@ struct PairsFragment {
             }
         }
     }
-    // `use(n, i, x)` of the columns from 8 n on.
+    // `use(j, i, x)` of the columns from 8 (n + j) on, j 0 and 1.
     template <class Use>
-    CUFLASH_DEVICE void for_columns(int n, Use use) const {
+    CUFLASH_DEVICE void for_two_columns(int n, Use use) const {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            Two<Stored> two = x[n][h];
-            if constexpr (kIsTurned) {
-                u32 const word = movmatrix_trans(two.x[0] | static_cast<u32>(two.x[1]) << 16);
-                two = Two<Stored>{{static_cast<Stored>(word), static_cast<Stored>(word >> 16)}};
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                Two<Stored> two = x[n + j][h];
+                if constexpr (kIsTurned) {
+                    u32 const word = movmatrix_trans(two.x[0] | static_cast<u32>(two.x[1]) << 16);
+                    two = Two<Stored>{{static_cast<Stored>(word), static_cast<Stored>(word >> 16)}};
+                }
+                use(j, 2 * h, two.x[0]);
+                use(j, 2 * h + 1, two.x[1]);
             }
-            use(n, 2 * h, two.x[0]);
-            use(n, 2 * h + 1, two.x[1]);
+    }
+};
+
+// The same of 16-bit elements whose rows are queries, in a tile in shared memory.
+template <class Tile>
+struct PairsTile {
+    static constexpr bool kInShared = true;
+    u32 place;  // lane_address_a of the warp's rows
+
+    template <class Use>
+    CUFLASH_DEVICE void for_two_columns(int n, Use use) const {
+        u32 words[4];
+        ldmatrix_x4(words, Tile::at(place, 0, n));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            use(i / 2, i % 2 * 2, static_cast<u16>(words[i]));
+            use(i / 2, i % 2 * 2 + 1, static_cast<u16>(words[i] >> 16));
         }
     }
 };
@@ -299,17 +321,19 @@ struct HeadScores {
     }
 
     // What accumulators of 8 kN columns need of arrays; it may be fetched some time before.
-    template <bool kTransposed, int kN>
+    template <bool kIsTransposed, int kN,
+              class BiasSource = PairsFragment<kIsTransposed, typename Element<bias_dtype(cfg.bias)>::Stored, kN>>
     struct Fetched {
-        using Stored = typename Element<bias_dtype(cfg.bias)>::Stored;
-        typename OnlyIf<cfg.bias != Bias::kNone, PairsFragment<kTransposed, Stored, kN>>::Type bias;
+        static constexpr bool kTransposed = kIsTransposed;
+        typename OnlyIf<cfg.bias != Bias::kNone, BiasSource>::Type bias;
         typename OnlyIf<cfg.mask, MaskFragment<kN>>::Type mask;
         bool is_partial;  // whether the mask hides any
 
         // `tile`: the number of the tile that the columns make up.
         CUFLASH_DEVICE void fetch(HeadScores const& head, Shape const& shape, int q_first, int k_first, int tile,
                                   bool is_masked, int lane) {
-            if constexpr (cfg.bias != Bias::kNone) bias.fetch(head.params.bias, head.bias, shape, q_first, k_first, lane);
+            if constexpr (cfg.bias != Bias::kNone && !BiasSource::kInShared)
+                bias.fetch(head.params.bias, head.bias, shape, q_first, k_first, lane);
             is_partial = is_masked;
             if constexpr (cfg.mask) {
                 if (is_partial)
@@ -320,10 +344,11 @@ struct HeadScores {
     };
 
     // Of accumulators, which hold q.k. Their columns are those of `fetched` from 8 n_first on; q_first or k_first is the first.
-    template <bool kTransposed, int kN, int kFetched>
-    CUFLASH_DEVICE void change(float (&s)[kN][4], float (&derivative)[kN][4], float scale,
-                               Fetched<kTransposed, kFetched> const& fetched, int n_first, int q_first, int k_first,
-                               int lane) const {
+    template <int kN, class Held>
+    CUFLASH_DEVICE void change(float (&s)[kN][4], float (&derivative)[kN][4], Held const& fetched, int n_first,
+                               int q_first, int k_first, int lane) const {
+        static_assert(kN % 2 == 0, "columns come in blocks of 16");
+        constexpr bool kTransposed = Held::kTransposed;
         auto for_each = [&](auto body) {
 #pragma unroll
             for (int n = 0; n < kN; ++n)
@@ -331,8 +356,7 @@ struct HeadScores {
                 for (int i = 0; i < 4; ++i) body(s[n][i], n, i);
         };
         // In units of log2 from the start.
-        float const softcap = static_cast<float>(params.softcap), unit = kLog2E * (cfg.softcap ? softcap : scale);
-        float const factor = scale / softcap;
+        float const factor = params.factor, natural = cfg.softcap ? params.softcap_f32 : factor, unit = kLog2E * natural;
         for_each([&](float& x, int n, int i) {
             derivative[n][i] = 1.f;
             if constexpr (cfg.softcap) {
@@ -340,7 +364,7 @@ struct HeadScores {
                 derivative[n][i] = 1.f - x * x;
             }
             if constexpr (cfg.mod) {
-                x *= cfg.softcap ? softcap : scale;
+                x *= natural;
                 int const row = acc_row(lane, 0), col = acc_col(lane, 0), down = 8 * (i / 2), along = 8 * n + i % 2;
                 mod(x, derivative[n][i],
                     kTransposed ? mod.pair(q_first + col, k_first + row, along, down)
@@ -353,9 +377,9 @@ struct HeadScores {
         if constexpr (cfg.bias != Bias::kNone) {
             using E = Element<bias_dtype(cfg.bias)>;
 #pragma unroll
-            for (int n = 0; n < kN; ++n)
-                fetched.bias.for_columns(n_first + n, [&](int, int i, typename E::Stored x) {
-                    s[n][i] += static_cast<float>(E::widen(x)) * kLog2E;
+            for (int n = 0; n < kN; n += 2)
+                fetched.bias.for_two_columns(n_first + n, [&](int j, int i, typename E::Stored x) {
+                    s[n + j][i] += static_cast<float>(E::widen(x)) * kLog2E;
                 });
         }
         if constexpr (cfg.alibi) {

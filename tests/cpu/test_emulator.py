@@ -25,7 +25,7 @@ from cuflash.score_mods import ScoreMod
 from cuflash.scores import Extras, Score
 from tests.cpu.expressions import bound_of
 from tests.emulator.device import Device, KernelError, Programs, compile_emulator, is_available
-from tests.strategies import EXPRESSIONS, Case, Operands, make_mod, make_operands, ml_dtypes
+from tests.strategies import EXPRESSIONS, Case, Operands, make_mod, make_operands, ml_dtypes, numpy_dtype
 from tests.tolerance import Yardstick
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="needs g++ on Linux, x86-64")
@@ -273,6 +273,49 @@ def test_scores(
     check_scores(case, arch, options, make_extras(case, SCORES[name], device.put), device, *mods)
 
 
+#: Whether a bias loaded by tiles differs among batch entries and heads, its dtype, keys before those that are seen, head_dim.
+BIASES = [
+    (True, True, "float16", 0, 64),
+    (False, True, "bfloat16", 0, 64),
+    (True, False, "float16", 24, 32),  # keys that are cut off: a multiple of 16 bytes
+    (False, False, "float16", 21, 64),  # and not, where nothing is loaded by tiles
+    (False, True, "float16", 0, 128),
+]
+
+
+@pytest.mark.parametrize(("by_batch", "by_head", "dtype", "unseen", "head_dim"), BIASES)
+def test_bias_tiles(
+    by_batch: bool, by_head: bool, dtype: str, unseen: int, head_dim: int, programs: Programs, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The forward on Hopper loads tiles of a bias with several blocks of queries and of keys, none of them whole."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    monkeypatch.setattr(plan, "_backward_tail", tail_in_parts)
+    case = Case(
+        "float16", batch=2, num_heads=2, num_heads_kv=1, seqlen_q=203, seqlen_k=293, head_dim=head_dim,
+        head_dim_v=head_dim, window=(90 - unseen, 300) if unseen else None, is_causal=unseen == 24,
+    )  # fmt: skip
+    draw = np.random.default_rng(7)
+    shape = case.batch if by_batch else 1, case.num_heads if by_head else 1, case.seqlen_q, case.seqlen_k
+    room = device.put(np.zeros((*shape[:3], 296), numpy_dtype(dtype)))  # rows begin on 16 bytes
+    bias = room[..., : case.seqlen_k]
+    bias[...] = 4 * draw.standard_normal(shape)
+    first, _ = case.band.key_range(0, case.seqlen_q, case.seqlen_k)
+    assert first == unseen
+    chosen: list[configs.Config] = []
+    prepare = launch.ForwardCall.__init__
+
+    def note(self: launch.ForwardCall, *arguments: Any, **options: Any) -> None:
+        prepare(self, *arguments, **options)
+        chosen.append(self.plan.config)
+
+    monkeypatch.setattr(launch.ForwardCall, "__init__", note)
+    options = Options(window=case.window, is_causal=case.is_causal)
+    check_scores(case, HOPPER, options, Extras(None, bias, None, None), device)
+    assert [config.bias_stages > 0 for config in chosen] == [unseen != 21]
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("seed", range(8))
 def test_masks(seed: int, arch: int, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +373,7 @@ def view(array: np.ndarray, name: str) -> ArrayView:
 
 
 def check_scores(
-    case: Case, arch: int, options: Options, extras: Extras, device: Device, mod: ScoreMod | None = None
+    case: Case, gpu: int | plan.DeviceInfo, options: Options, extras: Extras, device: Device, mod: ScoreMod | None = None
 ) -> None:
     """Judge out, LSE and all gradients of a call with that done to its scores."""
     arrays = {} if mod is None else mod.arrays
@@ -343,7 +386,7 @@ def check_scores(
     yardstick = Yardstick(clean.q, clean.k, clean.v, band=case.band, scale=case.softmax_scale, score=score)
 
     q, k, v, d_out = make_operands(case, device.put)
-    info = plan.DeviceInfo.of_arch(arch)
+    info = plan.DeviceInfo.of_arch(gpu) if isinstance(gpu, int) else gpu
     views = [view(x, letter) for x, letter in zip((q, k, v), "qkv", strict=True)]
     extra_views = extras.map(view, Extras._fields)
     captured = [view(x, name) for name, x in arrays.items()]

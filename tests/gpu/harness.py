@@ -156,10 +156,11 @@ class ScoreFamily:
             self.bias_dtype if has("bias") else None, self.sum_dtype if has("alibi_slopes") else None, 0,
             self.sum_dtype if has("sinks") else None, 0.1 if has("dropout") else 0.0, self.mod,
         )  # fmt: skip
-        for seqlen, is_vectorized in itertools.product((20, 200), (True, False)):
+        by_tiles = (False, True) if features.bias == "float16" else (False,)
+        for seqlen, is_vectorized, bias_tiles in itertools.product((20, 200), (True, False), by_tiles):
             yield Problem(
-                self.dtype, 2, 4, 2, seqlen, seqlen, self.head_dim, self.head_dim, 1.0, features=features,
-                vectorized=is_vectorized,
+                self.dtype, 2, 4, 2, seqlen, seqlen, self.head_dim, self.head_dim, 1.0,
+                features=dataclasses.replace(features, bias_tiles=bias_tiles), vectorized=is_vectorized,
             )  # fmt: skip
 
     def plans(self) -> Iterator[plan.Plan]:

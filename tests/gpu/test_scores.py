@@ -54,6 +54,14 @@ def broadcastable(draw: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     return kept[draw(st.integers(0, len(shape) - 1)) :]
 
 
+def on_lines(array: cupy.ndarray) -> cupy.ndarray:
+    """The same with rows that begin on 16 bytes, as engines that load tiles want them."""
+    columns, step = array.shape[-1], 16 // array.itemsize
+    room = cupy.empty((*array.shape[:-1], -(-columns // step) * step), array.dtype)
+    room[..., :columns] = array
+    return room[..., :columns]
+
+
 def bound(mod: cuflash.ScoreMod) -> Bound:
     """What the reference takes for it."""
     return Bound(mod.expression, {**mod.arrays, **mod.numbers})
@@ -91,6 +99,8 @@ def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
     for name in ("mask", "bias", "alibi_slopes", "sinks"):
         if name in made:
             made[name] = cupy.asarray(made[name])
+    if "bias" in names and draw(st.booleans()):
+        made["bias"] = on_lines(made["bias"])
     for name in EXPRESSIONS:
         if name in names:
             made["mod"] = bound(make_mod(name, case, cupy.asarray))
