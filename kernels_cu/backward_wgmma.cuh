@@ -235,7 +235,8 @@ struct BackwardConsumer {
     }
 
     // ---- weights; `row` is the first of this warp's keys in the tile ----
-    CUFLASH_DEVICE void to_weights(Weights& p, Scores& s, Numbers const& lse_log2, int row) const {
+    template <class IsMasked>
+    CUFLASH_DEVICE void to_weights(Weights& p, Scores& s, Numbers const& lse_log2, int row, IsMasked is_masked) const {
         float const scale_log2 = cfg.score.changes() ? 1.f : steps.params.scale_log2;
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
@@ -243,7 +244,7 @@ struct BackwardConsumer {
 #pragma unroll
             for (int j = 0; j < 4; ++j) s[0][n][j] = exp2_approx(s[0][n][j] * scale_log2 - (j % 2 == 0 ? lse.x : lse.y));
         }
-        if (steps.is_masked(at)) {
+        if (is_masked()) {
             mask_probabilities(s, steps.params.shape, steps.k_begin(at) + row, steps.q_begin(at), lane);
         }
 #pragma unroll
@@ -347,7 +348,7 @@ struct BackwardConsumer {
 
     // All of this warp's dQ of a step, `share` by share.
     CUFLASH_DEVICE void add_dq(float (&dq)[kNDQ][4], Position of, int share) const {
-        steps.add_dq(dq, steps.dq_target(of, 4 * share + warp, lane), 4 * share + warp);
+        steps.add_dq(dq, steps.dq_target(steps.dq_tile(of), 4 * share + warp, lane), 4 * share + warp);
     }
 
     // ---- every warpgroup has 64 keys ----
@@ -359,10 +360,20 @@ struct BackwardConsumer {
 
         Scores next_s;
         Numbers lse, delta;
+        // What is fetched of a step's note, and of the one before.
+        u32 flags;
+        int dq_tile = 0, last_dq_tile;
         auto begin = [&](Scores& s, Position of) {
             issue_scores(s, of, first_row);
+            last_dq_tile = dq_tile;
+            if constexpr (kFetchAhead) {
+                uint4 const note = ld_shared_v4(steps.note(of));
+                flags = note.x;
+                dq_tile = note.z;
+            }
             lse.fetch(steps.lse(of), lane);
         };
+        auto is_masked = [&] { return ((kFetchAhead ? flags : steps.flags(at)) & Steps::kMasked) != 0; };
 
         auto step = [&] {
             Scores here, dp;
@@ -380,11 +391,17 @@ struct BackwardConsumer {
                 warpgroup_pin(s[0]);
             }
             Weights p, ds;
-            to_weights(p, s, lse, row);
+            to_weights(p, s, lse, row, is_masked);
+            if constexpr (kFetchAhead) delta.fetch(steps.delta(at), lane);
             issue_sum<TileDO>(dv[0], p, steps.d_out(at));
-            delta.fetch(steps.delta(at), lane);
-            u32 const flags = steps.flags(at);
+            if constexpr (!kFetchAhead) {
+                delta.fetch(steps.delta(at), lane);
+                flags = steps.flags(at);
+            }
             bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
+            Position const next = last ? at : at + 1;
+            // Looked for here, and waited for later.
+            bool const has_q = cfg.overlap && !kFetchAhead && mbarrier_test(steps.q_full(next), next.parity());
             warpgroup_wait<1>();
             warpgroup_pin(dp[0]);
             to_d_scores(ds, dp, p, delta);
@@ -397,15 +414,14 @@ struct BackwardConsumer {
             float dq[kNDQ][4];
             issue_dq(dq, at + -1, consumer);
             issue_sum<TileQ>(dk[0], ds, steps.q(at));
-            Position const next = last ? at : at + 1;
-            if (cfg.overlap && !last) steps.await_q(next);
+            if (cfg.overlap && !last && !has_q) steps.await_q(next);
             float* dq_target = nullptr;
-            if constexpr (kFetchAhead) dq_target = steps.dq_target(first ? at : at + -1, dq_warp, lane);
+            if constexpr (kFetchAhead) dq_target = steps.dq_target(last_dq_tile, dq_warp, lane);
             warpgroup_wait<1>();
             warpgroup_pin(dq);
             publish_ds();
             if (!first) {
-                if constexpr (!kFetchAhead) dq_target = steps.dq_target(at + -1, dq_warp, lane);
+                if constexpr (!kFetchAhead) dq_target = steps.dq_target(steps.dq_tile(at + -1), dq_warp, lane);
                 steps.await_turn(at + -1);
                 steps.add_dq(dq, dq_target, dq_warp);
                 steps.finish_turn(lane);
@@ -539,7 +555,7 @@ struct BackwardConsumer {
             Numbers lse;
             lse.fetch(steps.lse(at), lane);
             if constexpr (cfg.score.changes()) change(s, slope, fetched);
-            to_weights(p, s, lse, 16 * warp);
+            to_weights(p, s, lse, 16 * warp, [&] { return steps.is_masked(at); });
             if constexpr (cfg.score.dropout) mark_dropped(p);
             // Whoever has stored dS of the last step has read the P that was here. And dQ of two steps ago is done, so that
             // dS of this step may take its place.

@@ -117,6 +117,7 @@ struct BackwardSteps {
     static constexpr u32 kNumFlags = cfg.score.any() ? 5 : 3;
     CUFLASH_DEVICE u32 note(Position at) const { return smem + Tiles::kNotes + 16 * (at.count % (2 * cfg.num_stages)); }
     CUFLASH_DEVICE u32 flags(Position at) const { return ld_shared(note(at)); }
+    CUFLASH_DEVICE int dq_tile(Position at) const { return ld_shared(note(at) + 8); }
     CUFLASH_DEVICE bool is_masked(Position at) const { return flags(at) & kMasked; }
     CUFLASH_DEVICE bool is_partial(Position at) const { return !cfg.listed() || flags(at) & kPartial; }
     CUFLASH_DEVICE int q_begin(Position at) const { return (ld_shared(note(at)) >> kNumFlags) * cfg.block_m; }
@@ -298,9 +299,8 @@ struct BackwardSteps {
     }
 
     // ---- dQ: what warp `warp` of `Accum` holds of a step ----
-    CUFLASH_DEVICE float* dq_target(Position at, int warp, int lane) const {
-        i64 const tile = ld_shared(note(at) + 8);
-        return reinterpret_cast<float*>(params.dq_accum) + tile * Accum::kElems + Accum::lane_offset(warp, lane);
+    CUFLASH_DEVICE float* dq_target(i64 dq_tile, int warp, int lane) const {
+        return reinterpret_cast<float*>(params.dq_accum) + dq_tile * Accum::kElems + Accum::lane_offset(warp, lane);
     }
     template <int kN>
     CUFLASH_DEVICE void add_dq(float (&dq)[kN][4], float* target, int warp) const {
