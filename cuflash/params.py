@@ -46,6 +46,7 @@ _SCORE = np.dtype(
         ("softcap", "f8"),
         ("kept_scale", "f8"),
         *((name, "i4") for name in ("dropped", "first_batch", "q_offset", "first_key")),
+        *((name, "i4") for name in ("mask_block_q", "mask_block_k", "mask_first_key")),
     ],
     align=True,
 )
@@ -215,6 +216,8 @@ def fill_score(block: Any, problem: Problem, strides: Extras, itemsizes: Extras)
     block["score"]["kept_scale"] = 1 / (1 - features.dropout_p)
     block["score"]["dropped"] = rng.threshold(features.dropout_p)
     block["score"]["q_offset"] = features.q_offset
+    for name, size in zip(("mask_block_q", "mask_block_k", "mask_first_key"), features.mask_block, strict=True):
+        block["score"][name] = min(size, OPEN)
 
 
 def fill_mod(block: Any, problem: Problem, first_key: int, captured: Sequence[CapturedArray]) -> None:

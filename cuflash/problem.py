@@ -48,6 +48,13 @@ class Features:
     mod: Mod | None = None
     #: What the expression captures beside arrays, in its order.
     mod_numbers: tuple[float, ...] = ()
+    #: The queries and keys that an element of the mask stands for, and which of these keys is the first key.
+    mask_block: tuple[int, int, int] = (1, 1, 0)
+
+    @property
+    def has_mask_by_blocks(self) -> bool:
+        """Whether an element of the mask stands for more than one pair."""
+        return self.mask_block[:2] != (1, 1)
 
 
 @dataclass(frozen=True, slots=True)

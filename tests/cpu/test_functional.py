@@ -407,13 +407,27 @@ class HostLaunches:
             assert seed == 0
             seed = int(at(seed_at, (1,), (1,), "uint64")[0])
         shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
-        shapes = (shape, shape, shape[:2], shape[1:2])
+        sizes = f.mask_block[:2]
+        blocks = (*shape[:2], *(-(-length // size) for length, size in zip(shape[2:], sizes, strict=True)))
+        shapes = (blocks, shape, shape[:2], shape[1:2])
         dtypes = ("bool", f.bias, problem.lse_dtype, problem.lse_dtype)
         mask, bias, slopes, sinks = (
             at(pointer, size, own, dtype) if pointer else None
             for pointer, size, own, dtype in zip(pointers, shapes, strides, dtypes, strict=True)
         )
-        return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch, mod)
+        return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch, mod, sizes)
+
+    def mask_call(self, problem: Any, what: str) -> Any:
+        """Stand for what looks at a mask: what it leaves is the address of the mask."""
+        if problem.features.mask is None:
+            return None
+
+        def make(mask: int, made: int, stream: int) -> None:
+            self.log.append((f"mask for {what}", 1, stream))
+            at(made, (1,), (1,), "uint64")[0] = mask
+
+        make.num_bytes, make.key = 64, what
+        return make
 
     def ForwardCall(
         self,
@@ -436,16 +450,17 @@ class HostLaunches:
             seed_at: int = 0,
             first: int = 0,
             captures: Any = (),
-            workspace: int = 0,
+            made: int = 0,
         ) -> None:
-            assert bool(workspace) == bool(call.workspace_bytes)
+            assert (call.mask_call is None) == (made == 0)
+            assert made == 0 or at(made, (1,), (1,), "uint64")[0] == pointers[0]
             self.log.append(("forward", device, stream))
             addressed = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
             parts = [self.operand(problem, *each) for each in addressed]
             score = self.score(problem, extras, captured, pointers, seed, seed_at, first, captures)
             cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale, score=score)
 
-        call.workspace_bytes = 64 if problem.features.mask else 0
+        call.mask_call = self.mask_call(problem, "forward")
         return call
 
     def WeightsCall(
@@ -500,6 +515,9 @@ class HostLaunches:
             operands, (workspace, stream), rest = pointers[:10], pointers[10:12], pointers[12:]
             f = problem.features
             nothing = (0,) * 4, 0, 0, 0, (), 0, 0, 0, ()
+            if call.mask_call is not None:
+                *rest, made = rest
+                assert at(made, (1,), (1,), "uint64")[0] == rest[0][0]
             extra_pointers, seed, seed_at, first, captures, *sums, by_captured = rest or nothing
             at(workspace, (64,), (1,), "uint8")[...] = 1
             self.log.append(("backward", device, stream))
@@ -531,6 +549,7 @@ class HostLaunches:
             )  # fmt: skip
 
         call.workspace_bytes = 64
+        call.mask_call = self.mask_call(problem, "backward")
         call.num_slope_sums = call.num_sink_sums = 1
         return call
 
@@ -670,7 +689,10 @@ def test_device_calls_change_scores_as_host_calls_do(device, shapes, extras, lay
     for actual, desired in zip(found, gradients, strict=True):
         assert actual.dtype == desired.dtype
         np.testing.assert_allclose(actual, desired, rtol=1e-6 if desired.dtype == np.float32 else 1e-12, atol=1e-12)
-    assert device.log == [("forward", 1, 7)] * launches + [("backward", 1, 7)] * launches
+    # What is made of an array that may have changed is made for every launch.
+    assert device.log == [
+        (name, 1, 7) for what in ("forward", "backward") for name in (f"mask for {what}", what) * launches
+    ]
 
 
 def test_seeds_on_the_device_stay_there(device):
