@@ -83,7 +83,7 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
                     int const k_idx = k_begin + at % kFours * 4, chunk = at / kFours;
                     u32 low = 0, high = 0;
                     if (k_idx < shape.seqlen_k) {
-#pragma unroll
+#pragma unroll(cfg.by_blocks ? 1 : 8)
                         for (int q = 0; q < 8; ++q) {
                             low |= four(q_begin + 16 * chunk + q * step, k_idx) << q;
                             high |= four(q_begin + 16 * chunk + (8 + q) * step, k_idx) << q;
@@ -97,7 +97,7 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
             } else {
                 constexpr int kChunks = cfg.block_n / 16;
                 int const rows = mask.query_stride == 0 ? 1 : end - q_begin;
-#pragma unroll 4
+#pragma unroll(cfg.by_blocks ? 1 : 4)
                 for (int at = lane; at < rows * kChunks; at += 32) {
                     int const q_idx = q_begin + at / kChunks, chunk = at % kChunks, k_idx = k_begin + 16 * chunk;
                     u32 word = 0;
@@ -109,7 +109,7 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
                         add(which_bytes(x.z), 2);
                         add(which_bytes(x.w), 3);
                     } else {
-#pragma unroll
+#pragma unroll(cfg.by_blocks ? 1 : 4)
                         for (int j = 0; j < 4; ++j) add(four(q_idx, k_idx + 4 * j), j);
                     }
                     keep(word, q_idx, chunk);

@@ -249,7 +249,7 @@ def test_arrays_through_dlpack() -> None:
     np.testing.assert_array_equal(found.array, cuflash.attention(q, k, v, mask=cuflash.BlockMask(blocks, (3, 4))))
     with pytest.raises(TypeError, match="mask: got an array of NumPy, wanted one of"):
         cuflash.attention(*map(Array, (q, k, v)), mask=cuflash.BlockMask(blocks, (3, 4)))
-    with pytest.raises(TypeError, match="mask: got an array of .*, wanted one of NumPy as q is"):
+    with pytest.raises(TypeError, match="wanted one of NumPy as q is"):
         cuflash.attention(q, k, v, mask=mask)
 
 

@@ -294,6 +294,38 @@ def test_masks(seed: int, arch: int, programs: Programs, tmp_path: Path, monkeyp
     check_scores(case, arch, Options(window=window), extras, device)
 
 
+#: Sizes of blocks that tiles divide, and that they do not; a band that cuts off keys, whole blocks of them and parts.
+BLOCKS: tuple[tuple[tuple[int, int], dict[str, Any]], ...] = (
+    ((128, 128), {}),
+    ((128, 128), {"deterministic": True}),
+    ((128, 128), {"window": (72, 50)}),
+    ((128, 128), {"window": (90, 50)}),
+    ((48, 40), {"window": (90, None)}),
+    ((1, 100), {}),
+    ((256, 1), {"window": (50, 10)}),
+    ((1000, 64), {"window": (3, 70)}),
+)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("block", "options"), BLOCKS, ids=str)
+def test_masks_by_blocks(
+    block: tuple[int, int], options: dict[str, Any], arch: int, programs: Programs, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Elements of a mask that stand for many pairs, with bits and without."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    case = Case(
+        "float16", batch=2, num_heads=4, num_heads_kv=2, seqlen_q=100, seqlen_k=300, head_dim=64, head_dim_v=64,
+        window=options.get("window"),
+    )  # fmt: skip
+    lengths = (configs.ceil_div(length, size) for length, size in zip((100, 300), block, strict=True))
+    blocks = np.random.default_rng(3).random((2, 4, *lengths)) < 0.6
+    extras = Extras(device.put(blocks[:, :, :: -1 if block == (48, 40) else 1]), None, None, None)
+    check_scores(case, arch, Options(**options), extras, device, block=block)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_derivatives_of_hidden_pairs(
     arch: int, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -345,7 +377,12 @@ def look_at_mask(make: launch.MaskCall | None, device: Device, mask: int) -> int
 
 
 def check_scores(
-    case: Case, arch: int, options: Options, extras: Extras, device: Device, mod: ScoreMod | None = None,
+    case: Case,
+    arch: int,
+    options: Options,
+    extras: Extras,
+    device: Device,
+    mod: ScoreMod | None = None,
     block: tuple[int, int] = (1, 1),
 ) -> None:
     """Judge out, LSE and all gradients of a call with that done to its scores; the mask is one by blocks."""

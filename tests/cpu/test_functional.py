@@ -567,6 +567,11 @@ class DeviceArrays(NumPyArrays):
     def __init__(self) -> None:
         super().__init__()
         self.device = 0
+        self.current_stream, self.capturing = 7, False
+
+    def is_capturing(self) -> bool:
+        assert self.device == 1, "it was asked while another device was current"
+        return self.capturing
 
     def view(self, array: np.ndarray, name: str) -> ArrayView:
         return replace(super().view(array, name), device=1)
@@ -576,7 +581,7 @@ class DeviceArrays(NumPyArrays):
 
     def stream(self, device: int) -> int:
         assert device == self.device, "the stream was read while another device was current"
-        return 7
+        return self.current_stream
 
     def current_device(self) -> int:
         return self.device
@@ -693,6 +698,81 @@ def test_device_calls_change_scores_as_host_calls_do(device, shapes, extras, lay
     assert device.log == [
         (name, 1, 7) for what in ("forward", "backward") for name in (f"mask for {what}", what) * launches
     ]
+
+
+def made(device):
+    """What was made of masks since the last time that somebody asked, and how many launches read it."""
+    names = [name for name, *_ in device.log]
+    device.log.clear()
+    masks = [name for name in names if name.startswith("mask")]
+    return masks, len(names) - len(masks)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize(("shapes", "extras", "layout", "launches"), SCORE_CASES)
+def test_what_is_made_of_a_mask_by_blocks_is_kept(device, shapes, extras, layout, launches, is_shared):
+    q, k, v = (random(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    *outer, rows, columns = (1,) * max(2 - len(extras[0]), 0) + extras[0]
+    outer = [launches, *outer] if launches > 1 and not is_shared else outer
+    blocks = random(*outer, -(-rows // 2), -(-columns // 3), seed=5) < 0.3
+    options = {"layout": layout, "is_causal": True}
+    on_host, mask = cuflash.BlockMask(blocks, (2, 3)), cuflash.BlockMask(blocks.view(DeviceArray), (2, 3))
+    out, lse = cuflash.attention(q, k, v, return_lse=True, mask=on_host, **options)
+    d_out = random(*out.shape, seed=3)
+    wanted = cuflash.attention_backward(d_out, q, k, v, out, lse, mask=on_host, **options)
+    there = [x.view(DeviceArray) for x in (d_out, q, k, v, out, lse)]
+
+    def run():
+        np.testing.assert_array_equal(cuflash.attention(*there[1:4], mask=mask, **options), out)
+        found = cuflash.attention_backward(*there, mask=mask, **options)
+        for actual, desired in zip(found[:3], wanted[:3], strict=True):
+            np.testing.assert_array_equal(actual, desired)
+        return made(device)
+
+    # Launches share it, unless they are of axes that the mask has.
+    num_masks = 1 if is_shared else launches
+    first = ["mask for forward"] * num_masks + ["mask for backward"] * num_masks
+    assert run() == (first, 2 * launches)
+    assert run() == ([], 2 * launches)
+    device.arrays.current_stream = 8  # which may be ahead of the other
+    assert run() == (first, 2 * launches)
+    device.arrays.current_stream = 7
+    assert run() == ([], 2 * launches)
+
+
+def test_graphs_keep_nothing_and_read_what_is_kept(device):
+    q = random(2, 4, 5, 8).view(DeviceArray)
+    mask = cuflash.BlockMask(np.eye(3, dtype=bool).view(DeviceArray), 2)
+    device.arrays.capturing = True
+    for _ in range(2):
+        cuflash.attention(q, q, q, mask=mask)
+        assert made(device) == (["mask for forward"], 1)
+    device.arrays.capturing = False
+    cuflash.attention(q, q, q, mask=mask)
+    assert made(device) == (["mask for forward"], 1)
+    device.arrays.capturing = True
+    cuflash.attention(q, q, q, mask=mask)
+    assert made(device) == ([], 1)
+
+
+def test_other_masks_and_many_streams(device, monkeypatch):
+    """A prepared call serves all masks of a size; and a mask that is full drops nothing."""
+    from cuflash import block_mask
+
+    monkeypatch.setattr(block_mask, "MAX_KEPT", 2)
+    q = random(2, 4, 5, 8).view(DeviceArray)
+    masks = [cuflash.BlockMask((random(3, 3, seed=seed) < 0.5).view(DeviceArray), 2) for seed in range(2)]
+    for mask in masks:
+        cuflash.attention(q, q, q, mask=mask)
+        assert made(device) == (["mask for forward"], 1)
+    for stream, count in ((7, 0), (8, 1), (9, 1), (9, 1), (8, 0), (7, 0)):
+        device.arrays.current_stream = stream
+        cuflash.attention(q, q, q, mask=masks[0])
+        assert made(device) == (["mask for forward"] * count, 1)
+    elements = cuflash.BlockMask(np.eye(5, dtype=bool).view(DeviceArray), 1)
+    for count in (1, 0):
+        cuflash.attention(q, q, q, mask=elements)
+        assert made(device) == (["mask for forward"] * count, 1)
 
 
 def test_seeds_on_the_device_stay_there(device):
