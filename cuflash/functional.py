@@ -87,9 +87,10 @@ def attention(
         the heads broadcast between `q`, `k` and `v`, without a copy.
     v : array, shape (..., heads_kv, seqlen_k, head_dim_v)
         Values; ``head_dim_v`` may differ from ``head_dim``.
-    mask : array of bool, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
+    mask : array of bool, broadcastable to (..., heads, seqlen_q, seqlen_k), or BlockMask, optional
         True where a query sees a key, in either layout; any strides. Tensor-core kernels leave out the tiles that it
-        hides wholly; what they need to know of it, a bit per element of the mask, is found out first.
+        hides wholly; what they need to know of it, a bit per element of the mask, is found out first. A
+        ``cuflash.BlockMask`` says it by blocks of queries and keys, and what is found out is kept for later calls.
     bias : array of floats, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
         Added to the scores; any strides. It may be of another dtype than `q`. -inf hides a key.
     is_causal : bool, default False
@@ -159,6 +160,7 @@ def attention(
     attention_weights, attention_received : the weights of chosen queries, and what every key receives of all of them.
     merge_attention : joins results over disjoint sets of keys.
     dropout_mask : the weights that dropout keeps.
+    BlockMask : masks by blocks, and masks that many calls share.
 
     Notes
     -----
