@@ -66,7 +66,7 @@ class BlockMask:
     True
     """
 
-    __slots__ = ("_block_size", "_blocks", "_kept", "array")
+    __slots__ = ("_array", "_block_size", "_blocks", "_kept")
 
     def __init__(self, blocks: Any, block_size: int | tuple[int, int] = 128) -> None:
         sizes = _check_block_size(block_size)
@@ -80,8 +80,8 @@ class BlockMask:
             copy[...] = given
         if own is not None and isinstance(copy, numpy.ndarray):
             copy.flags.writeable = False
-        #: The copy as array of a framework, and of the user's library.
-        self.array = copy
+        # As array of a framework, and of the user's library.
+        self._array = copy
         self._blocks = copy if own is not None else arrays.export_dlpack(copy, blocks)
         self._block_size = sizes
         self._kept: dict[Hashable, Any] = {}
@@ -96,8 +96,13 @@ class BlockMask:
         """Queries and keys of a block."""
         return self._block_size
 
+    @property
+    def array(self) -> Any:
+        """The same memory as array of NumPy, CuPy or PyTorch, whichever library the blocks are of."""
+        return self._array
+
     def __repr__(self) -> str:
-        return f"BlockMask({tuple(self.array.shape)}, block_size={self.block_size})"
+        return f"BlockMask({tuple(self._array.shape)}, block_size={self.block_size})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockMask, (self.blocks, self.block_size)

@@ -91,6 +91,17 @@ def test_one_number_is_the_size_of_both_axes_and_strides_do_not_matter() -> None
     assert cuflash.BlockMask(blocks).block_size == (128, 128)
 
 
+def test_the_same_blocks_in_other_sizes() -> None:
+    """A call that was prepared for one of them does not serve the others, nor plain masks."""
+    q, k, v = random(2, 4, 13, 6), random(2, 2, 17, 6), random(2, 2, 17, 3)
+    blocks = np.eye(2, dtype=bool)
+    for size in ((7, 9), (9, 12), (7, 12)):
+        wanted = results(q, k, v, by_elements(blocks, size, 13, 17))
+        assert_same(results(q, k, v, cuflash.BlockMask(blocks, size)), wanted)
+    with pytest.raises(ValueError, match="mask: got shape"):
+        cuflash.attention(q, k, v, mask=blocks)
+
+
 def test_matrices_and_batch_axes_that_are_no_single_one() -> None:
     q, k, v = random(3, 13, 6)
     blocks = blocks_of(5, 4)

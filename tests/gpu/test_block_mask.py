@@ -32,11 +32,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-def operands(dtype: str = "float16", seed: int = 0) -> tuple[Any, ...]:
+def operands() -> tuple[Any, ...]:
     """q, k, v and d_out, with key heads that query heads share."""
-    draw = cupy.random.default_rng(seed)
-    q, d_out = draw.standard_normal((2, *SHAPE)).astype(dtype)
-    k, v = draw.standard_normal((2, 2, 2, 700, 64)).astype(dtype)
+    draw = cupy.random.default_rng(0)
+    q, d_out = draw.standard_normal((2, *SHAPE)).astype(np.float16)
+    k, v = draw.standard_normal((2, 2, 2, 700, 64)).astype(np.float16)
     return q, k, v, d_out
 
 
@@ -51,10 +51,10 @@ def by_elements(blocks: Any, size: tuple[int, int]) -> Any:
     return cupy.ascontiguousarray(blocks.repeat(size[0], -2).repeat(size[1], -1)[..., :600, :700])
 
 
-def step(q: Any, k: Any, v: Any, d_out: Any, **options: Any) -> tuple[Any, ...]:
-    """All results of a call; gradients in a fixed order unless told otherwise."""
+def step(q: Any, k: Any, v: Any, d_out: Any, *, deterministic: bool = True, **options: Any) -> tuple[Any, ...]:
+    """All results of a call."""
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
-    gradients = cuflash.attention_backward(d_out, q, k, v, out, lse, **{"deterministic": True, **options})[:3]
+    gradients = cuflash.attention_backward(d_out, q, k, v, out, lse, deterministic=deterministic, **options)[:3]
     weights = cuflash.attention_weights(q, k, lse, rows=slice(3, None, 50), **options)
     return out, lse, *gradients, weights, cuflash.attention_received(q, k, lse, **options)
 
@@ -105,8 +105,8 @@ def test_what_is_made_is_kept(made: list[str]) -> None:
     step(*operands(), mask=mask, is_causal=True)
     assert len(made) == 2, "another band leaves other tiles"
     made.clear()
-    step(*operands("bfloat16"), mask=mask)
-    assert not made, "tiles are those of float16"
+    step(*operands(), mask=mask, scale=0.3)
+    assert not made, "the scale makes no other tiles"
 
 
 def test_memory_of_blocks() -> None:
@@ -123,9 +123,9 @@ def test_other_streams_make_their_own(made: list[str]) -> None:
     inputs = operands()
     wanted = step(*inputs, mask=mask)
     cupy.cuda.Device().synchronize()
-    for _ in range(2):
+    for stream in [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]:
         made.clear()
-        with cupy.cuda.Stream(non_blocking=True) as stream:
+        with stream:
             found = step(*inputs, mask=mask)
             again = step(*inputs, mask=mask)
         stream.synchronize()
@@ -172,9 +172,9 @@ def test_launches_of_axes_that_are_looped_over(made: list[str]) -> None:
     k = draw.standard_normal((2, 4, 200, 64)).astype(np.float16)
     v = draw.standard_normal((3, 1, 4, 200, 64)).astype(np.float16)
     for outer, count in (((3, 2, 4), 3), ((2, 4), 1)):
-        blocks = cupy.asarray(np.random.default_rng(1).random((*outer, 4, 3)) < 0.6)
-        mask, size = cuflash.BlockMask(blocks, (64, 100)), (64, 100)
-        plain = cupy.ascontiguousarray(blocks.repeat(size[0], -2).repeat(size[1], -1)[..., :200, :200])
+        blocks = cupy.asarray(np.random.default_rng(1).random((*outer, 4, 2)) < 0.6)
+        mask = cuflash.BlockMask(blocks, (64, 100))
+        plain = cupy.ascontiguousarray(blocks.repeat(64, -2).repeat(100, -1)[..., :200, :200])
         wanted = step(q, k, v, q, mask=plain)
         made.clear()
         for _ in range(2):
