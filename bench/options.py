@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cuflash
 from cuflash import rng
 
 from .check import TENSORS, Inputs, Reference, Slice, checked_slices
@@ -83,12 +84,23 @@ def _documents(workload: Workload, device: str, length: int = 1000) -> Bound:
     return Bound({"mask": document[:, None] == document}, mask=lambda b, h, i, j: document[i] == document[j])
 
 
-def _block_sparse(workload: Workload, device: str, size: int = 128, visible: float = 0.25) -> Bound:
+def _blocks(workload: Workload, device: str, size: int = 128, visible: float = 0.25) -> tuple[Tensor, MaskFunction]:
     num_blocks = -(-workload.seqlen_k // size)
     blocks = torch.rand((num_blocks, num_blocks), generator=_generator(device), device=device) < visible
     blocks.fill_diagonal_(True)
+    return blocks, lambda b, h, i, j: blocks[i // size, j // size]
+
+
+def _block_sparse(workload: Workload, device: str, size: int = 128) -> Bound:
+    blocks, function = _blocks(workload, device, size)
     mask = blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)[: workload.seqlen_q, : workload.seqlen_k]
-    return Bound({"mask": mask.contiguous()}, mask=lambda b, h, i, j: blocks[i // size, j // size])
+    return Bound({"mask": mask.contiguous()}, mask=function)
+
+
+def _block_mask(workload: Workload, device: str, size: int = 128) -> Bound:
+    """The same, looked at once, as FlexAttention's own is."""
+    blocks, function = _blocks(workload, device, size)
+    return Bound({"mask": cuflash.BlockMask(blocks, size)}, mask=function)
 
 
 def _dropout(_: Workload, __: str) -> Bound:
@@ -103,6 +115,7 @@ OPTIONS = (
     Option("window", _window),
     Option("documents", _documents),
     Option("block-sparse", _block_sparse),
+    Option("block mask", _block_mask),
     Option("dropout", _dropout),
     Option("grouped dropout", _dropout, lambda w: replace(w, is_causal=True, num_heads_kv=max(w.num_heads // 4, 1))),
     Option("tutorial dropout", _dropout, lambda w: Workload("float16", 32, 8, 2048, 64)),

@@ -5,6 +5,7 @@ speaks DLPack; the result lives where the inputs live.
 """
 
 from . import score_mods
+from .block_mask import BlockMask
 from .functional import (
     Gradients,
     attention,
@@ -19,6 +20,7 @@ from .score_mods import ScoreMod, score_mod
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "Gradients",
     "ScoreMod",
     "attention",

@@ -627,7 +627,7 @@ def _check_extras(extras: Extras, q: ArrayView, shapes: _Shapes) -> Extras:
     heads = (shapes.num_heads,) if shapes.has_heads else ()
     pairs = (*shapes.batch_shape, *heads, shapes.seqlen_q, shapes.seqlen_k)
     wanted = Extras(
-        (pairs, "(..., heads, seqlen_q, seqlen_k)"),
+        _wanted_of_mask(extras.mask, pairs),
         (pairs, "(..., heads, seqlen_q, seqlen_k)"),
         ((*shapes.batch_shape, shapes.num_heads), "(..., heads)"),
         ((shapes.num_heads,), "(heads,)"),
@@ -654,6 +654,15 @@ def _check_extras(extras: Extras, q: ArrayView, shapes: _Shapes) -> Extras:
         return strides if shapes.has_heads or len(shape) != len(pairs) else (*strides[:-2], 0, *strides[-2:])
 
     return extras.map(check, wanted)
+
+
+def _wanted_of_mask(mask: ArrayView | None, pairs: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    """Shape of a mask, which may be one by blocks, and what its axes are."""
+    if mask is None or mask.block == (1, 1):
+        return pairs, "(..., heads, seqlen_q, seqlen_k)"
+    query, key = mask.block
+    shape = (*pairs[:-2], -(-pairs[-2] // query), -(-pairs[-1] // key))
+    return shape, f"(..., heads, ceil(seqlen_q / {query}), ceil(seqlen_k / {key}))"
 
 
 def _in_c_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
@@ -727,6 +736,7 @@ def _check_features(
         mod=mod,
         mod_numbers=() if options.score_mod is None else options.score_mod.numbers,
         mask=None if mask is None else (mask[0] != 0, mask[1] != 0, mask[2] != 0, mask[3] != 0),
+        mask_block=(1, 1, 0) if extras.mask is None else (*extras.mask.block, 0),
         bias=dtypes.bias,
         bias_tiles=strides.bias is not None and _has_tiles(extras.bias, strides.bias),
         alibi_slopes=dtypes.alibi_slopes,

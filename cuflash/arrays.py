@@ -41,6 +41,8 @@ class ArrayView:
     itemsize: int
     device: int
     writable: bool = True
+    #: The queries and keys that an element stands for; a mask's may be more.
+    block: tuple[int, int] = (1, 1)
 
     @property
     def ndim(self) -> int:
@@ -134,6 +136,10 @@ class Framework(ABC):
         """The caller's current stream, as an integer handle."""
         raise NotImplementedError(f"{self.name} arrays are not on a GPU")
 
+    def is_capturing(self) -> bool:
+        """Whether the caller's current stream is being captured into a graph."""
+        raise NotImplementedError(f"{self.name} arrays are not on a GPU")
+
     def current_device(self) -> int:
         raise NotImplementedError(f"{self.name} arrays are not on a GPU")
 
@@ -204,6 +210,9 @@ class CuPyArrays(Framework):
 
     def stream(self, device: int) -> int:
         return self.cupy.cuda.get_current_stream().ptr
+
+    def is_capturing(self) -> bool:
+        return self.cupy.cuda.get_current_stream().is_capturing()
 
     def current_device(self) -> int:
         return self.cupy.cuda.runtime.getDevice()

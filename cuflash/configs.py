@@ -581,6 +581,7 @@ class MaskBlocksConfig(Config):
     block_m: int
     block_n: int
     by_keys: bool
+    by_blocks: bool = False
     num_warps: int = 32
     min_blocks: int = 1
 
@@ -599,7 +600,8 @@ class MaskBlocksConfig(Config):
     @property
     def name(self) -> str:
         family = self.main_params.removesuffix("Params").lower()
-        return f"attention_mask_blocks_{family}_m{self.block_m}_n{self.block_n}{'_by_keys' if self.by_keys else ''}"
+        how = f"{'_by_keys' if self.by_keys else ''}{'_by_blocks' if self.by_blocks else ''}"
+        return f"attention_mask_blocks_{family}_m{self.block_m}_n{self.block_n}{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -1182,10 +1184,10 @@ def weights_simt_config(dtype: str, sums: bool, score: ScoreConfig = ScoreConfig
     return WeightsSimtConfig(dtype, f.block_m, f.block_n, f.columns, f.num_warps, sums, score=score)
 
 
-def mask_blocks_config(main: TileConfig) -> MaskBlocksConfig:
+def mask_blocks_config(main: TileConfig, by_blocks: bool) -> MaskBlocksConfig:
     """The kernel that looks at the mask before the main one: which tiles it hides, and its bits."""
     by_keys = isinstance(main, BackwardMmaConfig | BackwardWgmmaConfig)
-    return MaskBlocksConfig(main.params, main.block_m, main.block_n, by_keys)
+    return MaskBlocksConfig(main.params, main.block_m, main.block_n, by_keys, by_blocks)
 
 
 def backward_gather_config(main: BackwardWgmmaConfig) -> BackwardGatherConfig:
@@ -1288,7 +1290,7 @@ def _score_configs(arch: int) -> Iterator[Config]:
                 for main in (*forward, *backward):
                     yield main
                     if score.mask:
-                        yield mask_blocks_config(main)
+                        yield from (mask_blocks_config(main, by_blocks) for by_blocks in (False, True))
 
 
 def _all_configs(arch: int) -> Iterator[Config]:

@@ -42,7 +42,7 @@ import numpy.linalg._umath_linalg
 
 from . import environment, rng
 from .expression import Evaluated, evaluate, flat_index
-from .scores import Band, Score
+from .scores import Band, Score, mask_of_pairs
 
 Array = np.ndarray
 
@@ -131,10 +131,10 @@ def forward(
     scale : float
         Factor of the scores.
     score : Score
-        What else is done to scores and weights. Its bias and mask are views (batch, num_heads, seqlen_q, seqlen_k)
-        with any strides, 0 where they are broadcast; its slopes (batch, num_heads), its sinks (num_heads,). The bias
-        may be -inf, which hides a pair like the mask. What its expression captures are arrays of any strides, and
-        numbers.
+        What else is done to scores and weights. Its bias and mask are views (batch, num_heads, seqlen_q, seqlen_k), a
+        mask by blocks one of these, with any strides, 0 where they are broadcast; its slopes (batch, num_heads), its
+        sinks (num_heads,). The bias may be -inf, which hides a pair like the mask. What its expression captures are
+        arrays of any strides, and numbers.
     """
     batch, num_heads, seqlen_q, _ = out.shape
     heads_kv, seqlen_k = k.shape[1:3]
@@ -836,10 +836,14 @@ class _Scores:
         self.is_differentiated = is_differentiated
         self.step = place.queries.step or 1
         self.group_here = place.members.stop - place.members.start
-        self.bias, self.mask, self.slopes = (
-            None if x is None else _piece(x, slice(b, b + 1), *where)[0]
-            for x in (options.bias, options.mask, options.alibi_slopes)
+        self.bias, self.slopes = (
+            None if x is None else _piece(x, slice(b, b + 1), *where)[0] for x in (options.bias, options.alibi_slopes)
         )
+        self.mask = None
+        if options.mask is not None:
+            # By blocks its queries and keys are counted from the first ones of all.
+            here = where if options.mask_block == (1, 1) else where[:2]
+            self.mask = _piece(options.mask, slice(b, b + 1), *here)[0]
         self.sinks = None if options.sinks is None else options.sinks[place.heads, place.members].astype(dtype)
         #: What dropout divides the weights that it keeps by.
         self.kept_share = 1 - options.dropout_p
@@ -853,7 +857,8 @@ class _Scores:
         where = heads, slice(0, self.group_here), queries, keys
         sizes = [at.stop - at.start for at in where]
         shape = tuple(sizes[axis] for axis in self.axes)
-        mask, bias = (None if x is None else _piece(x, *where) for x in (self.mask, self.bias))
+        mask = self.mask_of_tile(where)
+        bias = None if self.bias is None else _piece(self.bias, *where)
         reasons = []
         is_empty = mask is not None and not mask.any()
         if mask is not None and not is_empty and not mask.all():
@@ -877,6 +882,21 @@ class _Scores:
                 self.d_bias.add(where, None)
             return None
         return _ScoreTile(self, where, shape, hidden, bias)
+
+    def mask_of_tile(self, where: tuple[slice, ...]) -> Array | None:
+        """The mask of a tile; of one by blocks these blocks, where all or none of them are visible."""
+        block = self.options.mask_block
+        if self.mask is None or block == (1, 1):
+            return None if self.mask is None else _piece(self.mask, *where)
+        *outer, queries, keys = where
+        q_idx = self.place.queries.start + self.step * np.arange(queries.start, queries.stop)
+        k_idx = self.place.keys.start + np.arange(keys.start, keys.stop)
+        pairs = zip((q_idx, k_idx), block, strict=True)
+        touched = (slice(index[0] // size, index[-1] // size + 1) for index, size in pairs)
+        blocks = _piece(self.mask, *outer, *touched)
+        if blocks.any() == blocks.all():
+            return blocks
+        return mask_of_pairs(_piece(self.mask, *outer), block, q_idx, k_idx)
 
     def laid_out(self, x: Array) -> Array:
         """An array (heads_kv, members, queries, keys), or 1 instead of any of these, in the order of the tile."""

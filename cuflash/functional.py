@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from . import arguments, arrays, cpu, rng
 from .arguments import Call, Options
 from .arrays import CPU, Framework
+from .block_mask import BlockMask, array_of, signature_of, view_of
 from .expression import Bound
 from .problem import ITEMSIZE, Features
 from .score_mods import ScoreMod
@@ -86,9 +87,10 @@ def attention(
         the heads broadcast between `q`, `k` and `v`, without a copy.
     v : array, shape (..., heads_kv, seqlen_k, head_dim_v)
         Values; ``head_dim_v`` may differ from ``head_dim``.
-    mask : array of bool, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
+    mask : array of bool, broadcastable to (..., heads, seqlen_q, seqlen_k), or BlockMask, optional
         True where a query sees a key, in either layout; any strides. Tensor-core kernels leave out the tiles that it
-        hides wholly; what they need to know of it, a bit per element of the mask, is found out first.
+        hides wholly; what they need to know of it, a bit per element of the mask, is found out first. A
+        ``cuflash.BlockMask`` says it by blocks of queries and keys, and what is found out is kept for later calls.
     bias : array of floats, broadcastable to (..., heads, seqlen_q, seqlen_k), optional
         Added to the scores; any strides. It may be of another dtype than `q`. -inf hides a key.
     is_causal : bool, default False
@@ -158,6 +160,7 @@ def attention(
     attention_weights, attention_received : the weights of chosen queries, and what every key receives of all of them.
     merge_attention : joins results over disjoint sets of keys.
     dropout_mask : the weights that dropout keeps.
+    BlockMask : masks by blocks, and masks that many calls share.
 
     Notes
     -----
@@ -207,7 +210,7 @@ def attention(
         seed = _check_seed(seed, dropout_p, q) if drawn is None else drawn
     if framework is None:
         result = _attention_dlpack(q, k, v, out, return_lse, options, extras, seed, captured)
-    elif framework.records(q, k, v, out, *extras, *captured):
+    elif framework.records(q, k, v, out, *given(extras), *captured):
         if out is not None:
             raise ValueError("out: got an array, wanted None: out= does not support automatic differentiation")
         result = framework.attention(q, k, v, options, extras, seed, captured)
@@ -326,7 +329,7 @@ precision
     wanted = (bias is not None, alibi_slopes is not None, sinks is not None, *_is_real(mod))
     if framework is None:
         gradients = _attention_backward_dlpack(operands, options, extras, wanted, seed, captured)
-    elif framework.records(*operands, *extras, *captured):
+    elif framework.records(*operands, *given(extras), *captured):
         gradients = framework.attention_backward(*operands, options, extras, wanted, seed, captured)
     else:
         gradients = backward(framework, *operands, options, extras, wanted, seed, captured)
@@ -660,7 +663,7 @@ def forward(
     try:
         key = (signature(q), signature(k), signature(v), None if out is None else signature(out), options)
         if extras is not NO_EXTRAS:
-            key = (*key, extras.map(signature))
+            key = (*key, signatures(framework, extras))
         if captured:
             key = (*key, *map(signature, captured))
         run = framework.prepared.get(key)
@@ -697,7 +700,7 @@ def backward(
     try:
         key = (*map(framework.signature, operands), options)
         if extras is not NO_EXTRAS:
-            key = (*key, extras.map(framework.signature), wanted)
+            key = (*key, signatures(framework, extras), wanted)
         if captured:
             key = (*key, *map(framework.signature, captured), wanted)
         run = framework.prepared.get(key)
@@ -726,7 +729,7 @@ def weights(
     try:
         # Some versions of Python do not hash slices; and True is no row, though it equals 1.
         chosen = (rows.start, rows.stop, rows.step) if isinstance(rows, slice) else rows
-        key = (name, *map(signature, (q, k, lse)), options, (type(rows), chosen), extras.map(signature))
+        key = (name, *map(signature, (q, k, lse)), options, (type(rows), chosen), signatures(framework, extras))
         key = (*key, *map(signature, captured))
         run = framework.prepared.get(key)
     except (TypeError, RuntimeError):
@@ -765,8 +768,10 @@ def _extras(mask: Any, bias: Any, alibi_slopes: Any, sinks: Any, q: Any) -> Extr
     if mask is bias is alibi_slopes is sinks is None:
         return NO_EXTRAS
     extras = Extras(mask, bias, alibi_slopes, sinks)
-    given = {name: array for name, array in extras._asdict().items() if array is not None}
-    arrays.framework_of(q=q, **given)
+    named = {name: array for name, array in extras._asdict().items() if array is not None}
+    if isinstance(mask, BlockMask):
+        named["mask"] = mask.blocks
+    arrays.framework_of(q=q, **named)
     return extras
 
 
@@ -791,7 +796,26 @@ def _is_real(mod: arguments.ScoreModOption | None) -> tuple[bool, ...]:
 
 def given(extras: Extras) -> list[Any]:
     """The arrays that the call has."""
-    return [array for array in extras if array is not None]
+    return [array_of(extra) for extra in extras if extra is not None]
+
+
+def signatures(framework: Framework, extras: Extras) -> Extras:
+    """All of the extras that a prepared call depends on."""
+    return extras.map(functools.partial(signature_of, framework))
+
+
+def resolved(framework: Framework, extras: Extras) -> Extras:
+    """The extras without anything lazy; blocks of a mask are not."""
+    return extras.map(lambda extra: extra if isinstance(extra, BlockMask) else framework.resolve(extra))
+
+
+def imported(extras: Extras) -> Extras:
+    """The extras as arrays of a framework; a mask by blocks has one already."""
+
+    def of(extra: Any, name: str) -> Any:
+        return extra if isinstance(extra, BlockMask) else arrays.import_dlpack(extra, name)
+
+    return extras.map(of, Extras._fields)
 
 
 def _prepare_forward(
@@ -810,13 +834,13 @@ def _prepare_forward(
             q: Any, k: Any, v: Any, out: Any, with_lse: bool, extras: Extras, seed: Any, captured: tuple[Any, ...]
         ) -> tuple[Any, Any]:
             q, k, v, *captured_now = map(framework.resolve, (q, k, v, *captured))
-            extras = extras.map(framework.resolve)
+            extras = resolved(framework, extras)
             return forward(framework, q, k, v, out, with_lse, options, extras, seed, tuple(captured_now))
 
         return run
     views = [framework.view(array, name) for name, array in zip("qkv", (q, k, v), strict=True)]
     out_view = None if out is None else framework.view(out, "out")
-    extra_views = extras.map(framework.view, Extras._fields)
+    extra_views = extras.map(functools.partial(view_of, framework), Extras._fields)
     checked = Options(*options)
     captured_views = list(map(framework.view, captured, _array_names(checked.score_mod)))
     call = arguments.forward(views[0], views[1], views[2], out_view, checked, extra_views, captured_views)
@@ -836,7 +860,7 @@ def _prepare_backward(
         def run(*arguments: Any) -> Gradients:
             *operands, extras, seed, captured = arguments
             d_out, q, k, v, out, lse, d_lse = (None if x is None else framework.resolve(x) for x in operands)
-            extras, captured = extras.map(framework.resolve), tuple(map(framework.resolve, captured))
+            extras, captured = resolved(framework, extras), tuple(map(framework.resolve, captured))
             return backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed, captured)
 
         return run
@@ -844,7 +868,7 @@ def _prepare_backward(
     views: list[Any] = [framework.view(array, name) for name, array in zip(names, operands, strict=False)]
     d_lse_view = views.pop() if len(views) == len(names) else None
     d_out, q, k, v, out, lse = views
-    extra_views = extras.map(framework.view, Extras._fields)
+    extra_views = extras.map(functools.partial(view_of, framework), Extras._fields)
     asked_for = Extras(None, *(True if is_wanted else None for is_wanted in wanted[:3]))
     checked = Options(*options)
     captured_views = list(map(framework.view, captured, _array_names(checked.score_mod)))
@@ -869,12 +893,12 @@ def _prepare_weights(
 
         def run(q: Any, k: Any, lse: Any, extras: Extras, captured: tuple[Any, ...]) -> Any:
             q, k, lse, *captured_now = map(framework.resolve, (q, k, lse, *captured))
-            extras = extras.map(framework.resolve)
+            extras = resolved(framework, extras)
             return weights(framework, name, q, k, lse, rows, options, extras, tuple(captured_now))
 
         return run
     q, k, lse = map(framework.view, (q, k, lse), ("q", "k", "lse"))
-    extra_views = extras.map(framework.view, Extras._fields)
+    extra_views = extras.map(functools.partial(view_of, framework), Extras._fields)
     checked = Options(*options)
     captured_views = list(map(framework.view, captured, _array_names(checked.score_mod)))
     if name == "attention_weights":
@@ -999,16 +1023,23 @@ class _Host(_Prepared):
         return self.framework.as_numpy(lse).reshape(shape)
 
     def canonical_extras(self, extras: Extras, strides: Extras) -> Extras:
-        """Views as (*loop, batch, heads, seqlen_q, seqlen_k), or the first of these; of the sinks as (heads,)."""
-        p = self.call.problem
-        whole = (*self.call.loop, p.batch, p.num_heads, p.seqlen_q, p.seqlen_k)
+        """Views as (*loop, batch, heads, seqlen_q, seqlen_k), or the first of these; of the sinks as (heads,).
 
-        def view(own: tuple[int, ...], extra: Any) -> numpy.ndarray:
-            array = self.framework.as_numpy(extra)
-            shape = (p.num_heads,) if len(own) == 1 else whole[: len(own)]
+        A mask by blocks has their numbers instead of the lengths.
+        """
+        p = self.call.problem
+        query_block, key_block, _ = p.features.mask_block
+        outer = (*self.call.loop, p.batch, p.num_heads)
+        pairs = (*outer, p.seqlen_q, p.seqlen_k)
+        shapes = Extras(
+            (*outer, -(-p.seqlen_q // query_block), -(-p.seqlen_k // key_block)), pairs, outer, (p.num_heads,)
+        )
+
+        def view(own: tuple[int, ...], extra: Any, shape: tuple[int, ...]) -> numpy.ndarray:
+            array = self.framework.as_numpy(array_of(extra))
             return as_strided(array, shape, tuple(array.itemsize * stride for stride in own))
 
-        return strides.map(view, extras)
+        return strides.map(view, extras, shapes)
 
     def bind(self, captured: Sequence[Any]) -> Bound | None:
         """The expression with what it captures."""
@@ -1033,7 +1064,7 @@ class _Host(_Prepared):
             raise ValueError("seed: got an array on a GPU for operands on the CPU, wanted an integer")
         return Score(
             f.softcap, here.bias, here.mask, here.alibi_slopes, f.q_offset, here.sinks, f.dropout_p, seed or 0,
-            launch * p.batch, mod,
+            launch * p.batch, mod, f.mask_block[:2],
         )  # fmt: skip
 
     @staticmethod
@@ -1190,7 +1221,7 @@ class _Device(_Prepared):
             if device != self.device:
                 raise ValueError(f"seed: got an array on cuda:{device}, wanted one on cuda:{self.device}, as q is")
             seed, seed_at = 0, self.framework.pointer(seed)
-        starts = [0 if array is None else self.framework.pointer(array) for array in extras]
+        starts = [0 if extra is None else self.framework.pointer(array_of(extra)) for extra in extras]
         offsets = [
             itertools.repeat(0) if own is None or name == "sinks" else self.offsets_of(own, size)
             for name, own, size in zip(Extras._fields, self.call.extras, self.call.itemsizes, strict=True)
@@ -1200,20 +1231,34 @@ class _Device(_Prepared):
         for launch in range(math.prod(self.call.loop)):
             yield tuple(map(operator.add, starts, map(next, offsets))), seed or 0, seed_at, launch * batch, own
 
+    def made(self, make: Any, mask: Any, address: int, q: Any, stream: int) -> Any:
+        """What a launch reads of the mask at an address: made now, or before if it is a mask that keeps it."""
+        framework = self.framework
+
+        def new() -> Any:
+            made = framework.empty(q, (make.num_bytes,), "uint8")
+            make(address, framework.pointer(made), stream)
+            return made
+
+        if not isinstance(mask, BlockMask):
+            return new()
+        key = make.key, stream, address - framework.pointer(mask.array)
+        return mask.keep(key, new, framework.is_capturing)
+
 
 class _DeviceForward(_Device):
     def prepare(self, strides: list[Any]) -> None:
         from . import launch  # what the CPU does not need is loaded with the first call on a GPU
 
         self.offsets: tuple[tuple[int, ...], ...] = ()
-        self.workspace_bytes = 0
+        self.mask_call = None
         if self.call.has_rows:
             extras = self.per_launch(self.call.extras)
             self.launch = launch.ForwardCall(
                 self.call.problem, self.device, *strides, extras=extras, itemsizes=self.call.itemsizes,
                 captured=self.call.captured,
             )  # fmt: skip
-            self.workspace_bytes = self.launch.workspace_bytes
+            self.mask_call = self.launch.mask_call
             self.offsets = tuple(self.call.offsets())
 
     def __call__(
@@ -1231,10 +1276,10 @@ class _DeviceForward(_Device):
         if not self.is_plain:
             extras = self.in_accumulator(extras)
             more = self.score_arguments(extras, seed, captured)
-        if self.workspace_bytes:
-            workspace = framework.empty(q, (self.workspace_bytes,), "uint8")
-            more = ((*score, pointer(workspace)) for score in more)
         for (to_q, to_k, to_v, to_out, to_lse), score in zip(self.offsets, more, strict=False):
+            if self.mask_call is not None:
+                made = self.made(self.mask_call, extras.mask, score[0][0], q, stream)
+                score = (*score, pointer(made))
             lse_ptr = 0 if lse is None else pointer(lse) + to_lse
             self.launch(q_ptr + to_q, k_ptr + to_k, v_ptr + to_v, out_ptr + to_out, lse_ptr, stream, *score)
         return out, lse
@@ -1246,6 +1291,7 @@ class _DeviceBackward(_Device):
 
         self.offsets: tuple[tuple[int, ...], ...] = ()
         self.workspace_bytes = 0
+        self.mask_call = None
         if self.call.has_pairs:
             d_bias = self.per_launch(self.call.d_extras).bias
             self.launch = launch.BackwardCall(
@@ -1253,7 +1299,7 @@ class _DeviceBackward(_Device):
                 itemsizes=self.call.itemsizes, captured=self.call.captured, d_bias=d_bias,
                 wants_captured=self.call.d_captured,
             )  # fmt: skip
-            self.workspace_bytes = self.launch.workspace_bytes
+            self.workspace_bytes, self.mask_call = self.launch.workspace_bytes, self.launch.mask_call
             self.offsets = tuple(self.call.offsets())
 
     def __call__(
@@ -1294,6 +1340,9 @@ class _DeviceBackward(_Device):
             lse_ptr = pointer(lse) + lse_offset
             d_lse_ptr = 0 if d_lse is None else pointer(d_lse) + lse_offset
             parts: list[Any] = [*shifted[:5], lse_ptr, d_lse_ptr, *shifted[5:], pointer(workspace), stream]
+            if self.mask_call is not None:
+                made = self.made(self.mask_call, extras.mask, score[0][0], q, stream)
+                score = (*score, pointer(made))
             self.launch(*parts, *score)
         d_slopes, d_sinks = sums.alibi_slopes, sums.sinks
         if d_slopes is not None:
@@ -1392,11 +1441,11 @@ def _of_weights(
         native = {of: arrays.import_dlpack(array, of) for of, array in (("q", q), ("k", k), ("lse", lse))}
         framework = arrays.framework_of(**native)
         assert framework is not None
-        extras = extras.map(arrays.import_dlpack, Extras._fields)
+        extras = imported(extras)
         captured = tuple(map(arrays.import_dlpack, captured, _array_names(mod)))
         result = weights(framework, name, **native, rows=rows, options=options, extras=extras, captured=captured)
         return arrays.export_dlpack(result, q)
-    if framework.records(q, k, lse, *extras, *captured):
+    if framework.records(q, k, lse, *given(extras), *captured):
         raise NotImplementedError(
             f"{name}: got arrays that record operations for differentiation, wanted others: detach() them, or call "
             "under torch.no_grad() and outside of torch.func's transforms"
@@ -1422,7 +1471,7 @@ def _attention_dlpack(
     native = {name: arrays.import_dlpack(array, name) for name, array in named.items()}
     framework = arrays.framework_of(**native)
     assert framework is not None
-    extras = extras.map(arrays.import_dlpack, Extras._fields)
+    extras = imported(extras)
     captured = tuple(map(arrays.import_dlpack, captured, _array_names(options[-1])))
     result, lse = forward(
         framework, native["q"], native["k"], native["v"], native.get("out"), with_lse, options, extras, seed, captured
@@ -1446,7 +1495,7 @@ def _attention_backward_dlpack(
     framework = arrays.framework_of(**{name: a for name, a in zip(names, native, strict=True) if a is not None})
     assert framework is not None
     d_out, q, k, v, out, lse, d_lse = native
-    extras = extras.map(arrays.import_dlpack, Extras._fields)
+    extras = imported(extras)
     captured = tuple(map(arrays.import_dlpack, captured, _array_names(options[-1])))
     gradients = backward(framework, d_out, q, k, v, out, lse, d_lse, options, extras, wanted, seed, captured)
 

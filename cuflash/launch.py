@@ -22,7 +22,7 @@ import numpy as np
 from . import compile as compiler
 from . import configs, environment, params, rng
 from .arrays import ALIGNMENT
-from .plan import DeviceInfo, MaskBlocks, Plan, plan_backward, plan_captured, plan_forward, plan_weights
+from .plan import DeviceInfo, Plan, plan_backward, plan_captured, plan_forward, plan_weights
 from .problem import ITEMSIZE, CapturedArray, Problem
 from .scores import NO_EXTRAS, Band, Extras
 from .tensor_map import TensorMap, TensorMaps
@@ -48,7 +48,7 @@ class _Call:
         self._maps_at = 0 if maps is None else _field(block.dtype, f"{pointers[0]}_map")[0]
         self._driver_launch = driver.launchKernel
         self._launches = []
-        for plan in (step for main in plans for step in (main.before, main) if step is not None):
+        for plan in plans:
             if plan.grid:
                 kernel = compiler.load(plan.config, device_id)
                 self._launches.append((kernel.handle, plan.grid, 1, 1, plan.block, 1, 1, plan.smem_bytes))
@@ -117,14 +117,51 @@ def _with_keys(problem: Problem, first: int, end: int) -> Problem:
         features = dataclasses.replace(features, q_offset=features.q_offset - first)
     if features.bias_tiles and first * ITEMSIZE[str(features.bias)] % ALIGNMENT:
         features = dataclasses.replace(features, bias_tiles=False)
+    query_block, key_block, _ = features.mask_block
+    features = dataclasses.replace(features, mask_block=(query_block, key_block, first % key_block))
     return dataclasses.replace(problem, seqlen_k=end - first, band=Band(lower, upper), features=features)
 
 
-def _fill_mask_blocks(block: Any, made: MaskBlocks | None) -> None:
-    """Write the strides of what is made of the mask, if there is one; pointers follow with every call."""
-    if made is not None:
-        block["score"]["mask_blocks"] = (0, *made.list_strides, 0)
-        block["score"]["mask_bits"] = (0, *made.bits_strides)
+class MaskCall:
+    """What makes of a mask the lists and bits that another launch reads, but for its pointers."""
+
+    def __init__(
+        self, problem: Problem, main: Plan, device_id: int, block: Any, mask: tuple[int, ...], at: int
+    ) -> None:
+        """``block`` is that of the main launch, filled; the mask has these strides, and begins ``at`` bytes late."""
+        made = main.mask_blocks
+        assert made is not None
+        assert main.before is not None
+        p = problem
+        #: Bytes that every call needs, aligned to 256.
+        self.num_bytes = made.num_bytes
+        #: What is made depends on this, on the mask, and on where in its memory it begins. Strings know their hash.
+        self.key = repr((main.before.config, made, p.seqlen_q, p.seqlen_k, p.band, p.features.mask_block, mask, at))
+        self._at, self._bits_at = at, made.bits_at if made.rows else None
+        self._call = _Call((main.before,), device_id, block, ("score.mask", *_MADE))
+
+    def __call__(self, mask: int, made: int, stream: int) -> None:
+        """Enqueue the launch: ``made`` is written, of a mask given as to the main launch."""
+        self._call(stream, mask + self._at, *self.pointers(made))
+
+    def pointers(self, made: int) -> tuple[int, int]:
+        """Where the lists are, and the bits, or 0 if there are none."""
+        return made, 0 if self._bits_at is None else made + self._bits_at
+
+
+#: Fields of the block for what is made of a mask.
+_MADE = ("score.mask_blocks", "score.mask_bits")
+
+
+def _mask_call(
+    problem: Problem, main: Plan, device_id: int, block: Any, mask: tuple[int, ...] | None, at: int = 0
+) -> MaskCall | None:
+    """What makes the lists and bits that a launch reads, if it does; their strides are written to its block."""
+    if main.mask_blocks is None or mask is None:
+        return None
+    block["score"]["mask_blocks"] = (0, *main.mask_blocks.list_strides, 0)
+    block["score"]["mask_bits"] = (0, *main.mask_blocks.bits_strides)
+    return MaskCall(problem, main, device_id, block, mask, at)
 
 
 def _forward_maps(
@@ -204,17 +241,16 @@ class ForwardCall:
         if problem.features.dropout_p > 0 and first_key % rng.BLOCK:
             first_key = 0
         whole, problem = problem, _with_keys(problem, first_key, end_key)
-        # What belongs to pairs begins with the first key, too.
+        # What belongs to pairs begins with the first key, too, or with the block of the mask that it is in.
+        firsts = (first_key // problem.features.mask_block[1], first_key, 0, 0)
         self._extra_offsets = tuple(
-            0 if own is None or len(own) < 4 else first_key * own[3] * size
-            for own, size in zip(extras, itemsizes, strict=True)
+            0 if own is None or len(own) < 4 else first * own[3] * size
+            for own, size, first in zip(extras, itemsizes, firsts, strict=True)
         )
         itemsize = ITEMSIZE[problem.dtype]
         self._k_offset, self._v_offset = k[2] * first_key * itemsize, v[2] * first_key * itemsize
         self.plan = plan or plan_forward(problem, device_info or DeviceInfo.current(device_id), environment.kernel())
         _announce(problem, (self.plan,))
-        #: Bytes of scratch memory that every call needs.
-        self.workspace_bytes = self.plan.workspace_bytes
         config = self.plan.config
         block = np.zeros(1, params.block_dtype(config.params, config.mod))
         for name, strides in (("q", q), ("k", k), ("v", v), ("out", out)):
@@ -236,12 +272,12 @@ class ForwardCall:
         params.fill_score(block, problem, extras, itemsizes)
         block["score"]["first_key"] = first_key
         params.fill_mod(block, whole, first_key, captured)
-        of_score = ("mask", "alibi_slopes", "sinks", "seed", "seed_at", "first_batch", "mask_blocks", "mask_bits")
+        of_score = ("mask", "alibi_slopes", "sinks", "seed", "seed_at", "first_batch")
         # What may have a descriptor comes first.
         pointers = ("q", "k", "v", "score.bias", "out", "lse", *(f"score.{name}" for name in of_score))
-        pointers = (*pointers, *params.pointers_of_mod(config.mod))
-        _fill_mask_blocks(block, self.plan.mask_blocks)
-        self._bits_at = 0 if self.plan.mask_blocks is None else self.plan.mask_blocks.bits_at
+        pointers = (*pointers, *_MADE, *params.pointers_of_mod(config.mod))
+        #: To be called before, if it is there.
+        self.mask_call = _mask_call(problem, self.plan, device_id, block, extras.mask, self._extra_offsets[0])
         self._call = _Call((self.plan,), device_id, block, pointers, maps)
 
     def __call__(
@@ -257,16 +293,17 @@ class ForwardCall:
         seed_at: int = 0,
         first_batch: int = 0,
         captured: tuple[int, ...] = (),
-        workspace: int = 0,
+        made: int = 0,
     ) -> None:
         """Enqueue the launch; `lse` is a contiguous (batch, num_heads, seqlen_q) buffer, or 0.
 
         `extras` are pointers, or 0; `seed_at` is one to the seed, or 0 where `seed` is the seed itself; `first_batch`
         is the number of the first batch entry, as dropout counts them; `captured` are pointers to what an expression
-        captures.
+        captures; `made` is what `mask_call` has made, if it is there.
         """
         mask, bias, slopes, sinks = map(operator.add, extras, self._extra_offsets)
-        more = (mask, slopes, sinks, seed, seed_at, first_batch, workspace, workspace + self._bits_at, *captured)
+        of_mask = (0, 0) if self.mask_call is None else self.mask_call.pointers(made)
+        more = (mask, slopes, sinks, seed, seed_at, first_batch, *of_mask, *captured)
         self._call(stream, q, k + self._k_offset, v + self._v_offset, bias, out, lse, *more)
 
 
@@ -348,12 +385,10 @@ class BackwardCall:
         _announce(problem, self.plans)
         layout = self.plans[0].workspace
         assert layout is not None
-        #: Bytes of scratch memory, aligned to 256, that every call needs: O(seqlen), and a bit per element of a mask.
+        #: Bytes of scratch memory, aligned to 256, that every call needs: O(seqlen).
         self.workspace_bytes = layout.total
         scratch = ("delta", "lse_log2", "dq_accum", "semaphore", "counters", "parts")
-        mask_blocks = self.plans[1].mask_blocks
-        bits_at = layout.mask_blocks + (0 if mask_blocks is None else mask_blocks.bits_at)
-        self._offsets = [*(getattr(layout, name) for name in scratch), layout.mask_blocks, bits_at]
+        self._offsets = [getattr(layout, name) for name in scratch]
         # The kernels around the main one read the first part of its parameters.
         main = self.plans[1].config
         block = np.zeros(1, params.block_dtype(main.params, main.mod))
@@ -395,8 +430,9 @@ class BackwardCall:
         if any(wants_captured):
             device = device_info or DeviceInfo.current(device_id)
             self.plans = (*self.plans, plan_captured(self.plans[1], problem, device))
-        _fill_mask_blocks(block, mask_blocks)
-        parts = (*scratch, "score.mask_blocks", "score.mask_bits")
+        #: To be called before, if it is there.
+        self.mask_call = _mask_call(problem, self.plans[1], device_id, block, extras.mask)
+        parts = (*scratch, *_MADE)
         self._call = _Call(self.plans, device_id, block, (*operands, "lse", "d_lse", *parts, *of_score), maps)
 
     def __call__(
@@ -422,15 +458,18 @@ class BackwardCall:
         slope_sums: int = 0,
         sink_sums: int = 0,
         d_captured: tuple[int, ...] = (),
+        made: int = 0,
     ) -> None:
         """Enqueue the launches; `lse` and `d_lse` are contiguous (batch, num_heads, seqlen_q), `d_lse` may be 0.
 
-        `extras`, the seed and `first_batch` are as in :class:`ForwardCall`. The gradient by the bias is added to
-        `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads, `num_slope_sums`),
-        which has to hold zeros, and `sink_sums`, (batch, num_heads, `num_sink_sums`). Each of the three may be 0.
+        `extras`, the seed, `first_batch` and `made` are as in :class:`ForwardCall`. The gradient by the bias is added
+        to `d_bias`. Terms of those by slopes and sinks are written to `slope_sums`, (batch, num_heads,
+        `num_slope_sums`), which has to hold zeros, and `sink_sums`, (batch, num_heads, `num_sink_sums`). Each of the
+        three may be 0.
         Gradients by arrays that an expression captures are added to `d_captured`, if they are not 0.
         """
         scratch = [workspace + offset for offset in self._offsets]
+        of_mask = (0, 0) if self.mask_call is None else self.mask_call.pointers(made)
         self._call(
             stream,
             d_out,
@@ -444,6 +483,7 @@ class BackwardCall:
             lse,
             d_lse,
             *scratch,
+            *of_mask,
             *extras,
             seed,
             seed_at,

@@ -47,6 +47,7 @@ _SCORE = np.dtype(
         ("kept_scale", "f8"),
         *((name, "f4") for name in ("factor", "softcap_f32", "kept_scale_f32")),
         *((name, "i4") for name in ("dropped", "first_batch", "q_offset", "first_key")),
+        *((name, "i4") for name in ("mask_block_q", "mask_block_k", "mask_first_key")),
     ],
     align=True,
 )
@@ -217,6 +218,8 @@ def fill_score(block: Any, problem: Problem, strides: Extras, itemsizes: Extras)
         block["score"][name] = block["score"][f"{name}_f32"] = value
     block["score"]["dropped"] = rng.threshold(features.dropout_p)
     block["score"]["q_offset"] = features.q_offset
+    for name, size in zip(("mask_block_q", "mask_block_k", "mask_first_key"), features.mask_block, strict=True):
+        block["score"][name] = min(size, OPEN)
 
 
 def fill_mod(block: Any, problem: Problem, first_key: int, captured: Sequence[CapturedArray]) -> None:

@@ -63,7 +63,6 @@ class Workspace:
     counters: int
     parts: int
     total: int
-    mask_blocks: int = 0
     delta: int = 0
     num_counters: int = 0
 
@@ -77,19 +76,18 @@ class Workspace:
         semaphores: int,
         num_counters: int = 0,
         part_floats: int = 0,
-        mask_bytes: int = 0,
     ) -> Workspace:
-        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, the tail and the mask."""
+        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and the tail."""
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
         sizes = [heads * rows * itemsize] * 2
         sizes += [n * 4 for n in (heads * rows * dq_columns, tiles * semaphores, num_counters, part_floats)]
         ends = [0]
-        for size in (*sizes, mask_bytes):
+        for size in sizes:
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
-        lse_log2, dq_accum, semaphore, counters, parts, mask_blocks, total = ends[1:]
-        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, mask_blocks, num_counters=num_counters)
+        lse_log2, dq_accum, semaphore, counters, parts, total = ends[1:]
+        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +214,11 @@ def _makespan(cost: np.ndarray, heads: int, section: int, grid: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class MaskBlocks:
-    """What ``mask_blocks.cuh`` makes of a mask: for every tile a list of those that it sees, and the mask in bits."""
+    """What ``mask_blocks.cuh`` makes of a mask: for every tile a list of those that it sees, and the mask in bits.
+
+    There are no bits, and no rows of them, where every tile lies in one block of the mask, so that who reads the lists
+    does not ask for them.
+    """
 
     #: Batch entries and heads that have a mask of their own.
     batch: int
@@ -230,7 +232,7 @@ class MaskBlocks:
     row_bytes: int
 
     @classmethod
-    def of(cls, problem: Problem, block_m: int, block_n: int, by_keys: bool) -> MaskBlocks:
+    def of(cls, problem: Problem, block_m: int, block_n: int, by_keys: bool, reads_lists: bool = True) -> MaskBlocks:
         """Lists of tiles of keys for those of queries, or by keys the other way round."""
         p = problem
         assert p.features.mask is not None
@@ -238,9 +240,14 @@ class MaskBlocks:
         axes = (p.seqlen_q, block_m, by_query), (p.seqlen_k, block_n, by_key)
         (rows, block, rows_differ), (columns, other, columns_differ) = axes[::-1] if by_keys else axes
         others = ceil_div(columns, other)
+        query_block, key_block, first_key = p.features.mask_block
+        has_whole_tiles = reads_lists and p.features.has_mask_by_blocks
+        has_whole_tiles &= not by_query or query_block % block_m == 0
+        has_whole_tiles &= not by_key or key_block % block_n == first_key % block_n == 0
+        bit_rows = 0 if has_whole_tiles else rows if rows_differ else 1
         return cls(
             p.batch if by_batch else 1, p.num_heads if by_head else 1, ceil_div(rows, block), others,
-            rows if rows_differ else 1, other // 8, ceil_div((others if columns_differ else 1) * other // 8, 16) * 16,
+            bit_rows, other // 8, ceil_div((others if columns_differ else 1) * other // 8, 16) * 16,
         )  # fmt: skip
 
     @property
@@ -282,7 +289,7 @@ class Plan:
     workspace: Workspace | None = None
     order: TileOrder | None = None
     tail: TileParts | None = None
-    #: What the launch reads of a mask, and the launch that makes it.
+    #: What the launch reads of a mask, and the launch that makes it, which others that read the same need not repeat.
     mask_blocks: MaskBlocks | None = None
     before: Plan | None = None
 
@@ -300,12 +307,15 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        if self.workspace is not None:
-            return self.workspace.total
-        return self.mask_blocks.num_bytes if self.mask_blocks is not None else 0
+        return 0 if self.workspace is None else self.workspace.total
+
+    @property
+    def made_bytes(self) -> int:
+        return 0 if self.mask_blocks is None else self.mask_blocks.num_bytes
 
     def __str__(self) -> str:
         workspace = f", workspace {self.workspace_bytes:,} B" if self.workspace_bytes else ""
+        workspace += f", {self.made_bytes:,} B of lists and bits of the mask" if self.made_bytes else ""
         order = ""
         if self.order is not None:
             order = f", {self.order.num_tiles:,} tiles in sections of {self.order.section} heads"
@@ -364,8 +374,9 @@ def _look_at_mask(config: configs.TileConfig, problem: Problem) -> tuple[MaskBlo
     """What a main kernel reads of a mask, and the launch before that makes it; None where there is no mask."""
     if problem.features.mask is None:
         return None, None
-    looks = configs.mask_blocks_config(config)
-    made = MaskBlocks.of(problem, config.block_m, config.block_n, looks.by_keys)
+    looks = configs.mask_blocks_config(config, problem.features.has_mask_by_blocks)
+    reads_lists = not isinstance(config, configs.BackwardMmaConfig | configs.BackwardWgmmaConfig) or config.listed
+    made = MaskBlocks.of(problem, config.block_m, config.block_n, looks.by_keys, reads_lists)
     return made, Plan(looks, made.num_lists)
 
 
@@ -458,20 +469,19 @@ def plans_around(
     sizes = main.block_m, 4, main.dq_columns, preprocess.semaphores
     num_blocks = ceil_div(p.seqlen_k, main.block_n)
     made, before = _look_at_mask(main, p)
-    mask_bytes = 0 if made is None else made.num_bytes
     if isinstance(main, configs.BackwardWgmmaConfig):
         order = _backward_order(p, main)
         tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
         gather = configs.backward_gather_config(main)
         part_floats = tail.places * gather.place_elems
-        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats, mask_bytes=mask_bytes)
+        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats)
         # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
         grid = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
         middle = [Plan(main, grid, workspace, order, tail, made, before)]
         if tail.num_tiles:
             middle.append(Plan(gather, tail.num_tiles * gather.main_warps, workspace))
     else:
-        workspace = Workspace.of(p, *sizes, mask_bytes=mask_bytes)
+        workspace = Workspace.of(p, *sizes)
         grid = num_blocks * p.num_heads_kv * p.batch
         middle = [Plan(main, grid, workspace, mask_blocks=made, before=before)]
     tiles = workspace.rows // main.block_m * p.num_heads * p.batch

@@ -50,6 +50,13 @@ class Features:
     mod_numbers: tuple[float, ...] = ()
     #: Whether tiles of the bias can be loaded by TMA: 16 bits, keys side by side, rows of their own on 16 bytes.
     bias_tiles: bool = False
+    #: The queries and keys that an element of the mask stands for, and which of these keys is the first key.
+    mask_block: tuple[int, int, int] = (1, 1, 0)
+
+    @property
+    def has_mask_by_blocks(self) -> bool:
+        """Whether an element of the mask stands for more than one pair."""
+        return self.mask_block[:2] != (1, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import rng
 from .expression import Evaluated, evaluate
-from .scores import Band, Score
+from .scores import Band, Score, mask_of_pairs
 
 _Rounding = Callable[[Any], Any]
 
@@ -146,7 +146,7 @@ def _changed(q: Any, k: Any, band: Band, scale: float, score: Score, rounding: _
     k = _repeat_heads(k, q)
     visible = _visible(band, q, k)
     if score.mask is not None:
-        visible = visible & score.mask
+        visible = visible & _mask(score, q, k)
     if score.bias is not None:
         visible = visible & (score.bias != -np.inf)  # such a bias is a mask
     visible = xp.broadcast_to(visible, (*q.shape[:3], k.shape[2]))
@@ -301,6 +301,14 @@ def _sum_heads(gradient: Any, x: Any) -> Any:
 def _visible(band: Band, q: Any, k: Any) -> Any:
     xp = _namespace(q)
     return band.visible(xp.arange(q.shape[2])[:, None], xp.arange(k.shape[2])[None, :])
+
+
+def _mask(score: Score, q: Any, k: Any) -> Any:
+    """The mask by pairs."""
+    if score.mask_block == (1, 1):
+        return score.mask
+    xp = _namespace(q)
+    return mask_of_pairs(score.mask, score.mask_block, xp.arange(q.shape[2]), xp.arange(k.shape[2]))
 
 
 def _weighted_sum(weights: Any, rows: Any, visible: Any) -> Any:

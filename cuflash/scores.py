@@ -57,12 +57,22 @@ class Score(NamedTuple):
     #: An expression of the user's. A score that it makes -inf is hidden like one by the mask. Its ``b`` is the batch
     #: entry, counted from `first_batch` on.
     mod: Bound | None = None
+    #: The queries and keys that an element of the mask stands for.
+    mask_block: tuple[int, int] = (1, 1)
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing at all is done."""
         arrays = (self.mod, self.bias, self.mask, self.alibi_slopes, self.sinks)
         return self.softcap is None and self.dropout_p == 0 and all(array is None for array in arrays)
+
+
+def mask_of_pairs(mask: Any, block: tuple[int, int], q_idx: Any, k_idx: Any) -> Any:
+    """Of a mask by blocks the elements of these queries and keys, (..., queries, keys); 1 where it is broadcast."""
+    for axis, index, size in ((-2, q_idx, block[0]), (-1, k_idx, block[1])):
+        if mask.shape[axis] > 1:
+            mask = mask.take(index // size, axis)
+    return mask
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from . import functional
 from .arguments import Options
 from .arrays import ALIGNMENT, CPU, ArrayView, Framework, import_cupy, numpy_dtype
+from .block_mask import BlockMask
 from .scores import NO_EXTRAS, Extras
 
 _DTYPES = {
@@ -26,6 +27,7 @@ _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
     "uint8": torch.uint8,
+    "bool": torch.bool,
 }
 
 # Private, and several times cheaper than their public equivalents, which stand in where they are missing.
@@ -104,6 +106,9 @@ class TorchArrays(Framework):
             return _raw_stream(device)
         return torch.cuda.current_stream(device).cuda_stream
 
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
     def current_device(self) -> int:
         return _get_device()
 
@@ -181,7 +186,8 @@ class _Attention(torch.autograd.Function):
         (q, k, v), extras, (seed, ctx.options), captured = inputs[:3], inputs[3:7], inputs[7:9], inputs[9:]
         # A tensor is saved like the others, so that changing it before the backward pass is an error.
         ctx.seed, at = (None, seed) if isinstance(seed, torch.Tensor) else (seed, None)
-        ctx.save_for_backward(q, k, v, *output, *extras, at, *captured)
+        ctx.mask, mask = (extras[0], None) if isinstance(extras[0], BlockMask) else (None, extras[0])
+        ctx.save_for_backward(q, k, v, *output, mask, *extras[1:], at, *captured)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -190,11 +196,13 @@ class _Attention(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         (q, k, v, out, lse), extras, at = ctx.saved_tensors[:5], ctx.saved_tensors[5:9], ctx.saved_tensors[9]
         captured = ctx.saved_tensors[10:]
+        if ctx.mask is not None:
+            extras = (ctx.mask, *extras[1:])
         seed = ctx.seed if at is None else at
         d_out = torch.zeros_like(out) if d_out is None else _with_contiguous_rows(d_out)
         operands = (d_out, q, k, v, out, lse, d_lse)
         wanted = (*ctx.needs_input_grad[4:7], *ctx.needs_input_grad[9:])
-        if ARRAYS.records(*operands, *extras, *captured):
+        if ARRAYS.records(*operands, *functional.given(_extras(extras)), *captured):
             gradients = _gradients(_AttentionBackward.apply(*operands, *extras, wanted, seed, ctx.options, *captured))
         else:
             gradients = functional.backward(ARRAYS, *operands, ctx.options, _extras(extras), wanted, seed, captured)
@@ -262,11 +270,13 @@ class _AttentionBackward(torch.autograd.Function):
             for index, (x, in_dim) in enumerate(zip(operands, in_dims, strict=False))
         ]
         batched[0] = _with_contiguous_rows(batched[0])
-        own_axes = [None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(extras, in_dims[7:], strict=False)]
+        own_axes = [
+            None if x is None else _num_axes(x, in_dim) for x, in_dim in zip(extras[1:], in_dims[8:], strict=False)
+        ]
         extras = _batched_extras(extras, in_dims[7:11], info.batch_size, most)
         gradients = _AttentionBackward.apply(*batched, *extras, wanted, seed, options, *captured)
         # An axis that was put between batch and operand has one element and goes again.
-        of_extras = own_axes[1], own_axes[3], own_axes[2]
+        of_extras = own_axes[0], own_axes[2], own_axes[1]
         results = tuple(
             None if gradient is None else gradient.reshape(info.batch_size, *gradient.shape[gradient.ndim - num :])
             for gradient, num in zip(gradients[:6], (*num_axes[1:4], *of_extras), strict=True)
@@ -280,8 +290,9 @@ def _batched_extras(extras: Any, in_dims: Any, batch_size: int, num_axes: int) -
     if extras[3] is not None and in_dims[3] is not None:
         raise ValueError("sinks: got an axis that vmap maps over, wanted the same sinks for all")
     axes = num_axes, num_axes, num_axes - 2
+    # A mask by blocks is the same for all, and broadcasts.
     mask, bias, alibi_slopes = (
-        None if x is None else _with_batch_axis(x, in_dim, batch_size, num)
+        x if x is None or isinstance(x, BlockMask) else _with_batch_axis(x, in_dim, batch_size, num)
         for x, in_dim, num in zip(extras[:3], in_dims[:3], axes, strict=True)
     )
     return Extras(mask, bias, alibi_slopes, extras[3])

@@ -4,6 +4,7 @@
 // What    for each tile a list: its length, and that many tiles in ascending order, 2 * tile + (1 if the mask hides some of it).
 //         Tiles that the mask hides wholly, or that lie outside of the band, are not in it.
 //         And for each row of a tile a bit per column, as the main kernel's accumulators lie: rows are queries (or keys).
+//         There are none of these where every tile lies in one block of the mask, which hides all of a tile or nothing.
 // Blocks  grid.x = tiles * heads * batch, where heads and batch count only if the mask differs among them.
 // Who     a warp per tile looks at the mask's elements, 32 tiles at a time by all warps, and packs them; then the first warp
 //         adds to the list those with anything to see.
@@ -33,19 +34,25 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
     BlockRange const range = cfg.by_keys ? query_blocks(shape, begin, end, cfg.block_m) : key_blocks(shape, begin, end, cfg.block_n);
     i32* const list = reinterpret_cast<i32*>(lists.at(batch, head) + tile * lists.query_stride);
     char const* const origin = mask.at(batch, head);
-    bool const are_words = mask.key_stride == 1 && (reinterpret_cast<u64>(origin) | static_cast<u64>(mask.query_stride)) % 16 == 0;
+    bool const are_words = !cfg.by_blocks && mask.key_stride == 1 &&
+                           (reinterpret_cast<u64>(origin) | static_cast<u64>(mask.query_stride)) % 16 == 0;
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-    // Four elements from a key on; of pairs that do not exist it is those of a neighbour.
+    // Of a pair that exists.
+    auto is_seen = [&](int q_idx, int k_idx) {
+        char const* const place =
+            cfg.by_blocks ? params.score.in_mask(origin, q_idx, k_idx) : mask.of_pair(origin, q_idx, k_idx);
+        return __ldg(reinterpret_cast<unsigned char const*>(place)) != 0;
+    };
+    // Of four pairs from a key on; of those that do not exist it is a neighbour's element.
     auto four = [&](int q_idx, int k_idx) {
-        char const* const row = origin + min(q_idx, shape.seqlen_q - 1) * mask.query_stride;
-        if (are_words && k_idx + 4 <= shape.seqlen_k) return which_bytes(__ldg(reinterpret_cast<u32 const*>(row + k_idx)));
+        q_idx = min(q_idx, shape.seqlen_q - 1);
+        if (are_words && k_idx + 4 <= shape.seqlen_k)
+            return which_bytes(__ldg(reinterpret_cast<u32 const*>(origin + q_idx * mask.query_stride + k_idx)));
         u32 word = 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            char const* const place = row + min(k_idx + j, shape.seqlen_k - 1) * mask.key_stride;
-            word |= static_cast<u32>(__ldg(reinterpret_cast<unsigned char const*>(place)) != 0) << 8 * j;
-        }
+        for (int j = 0; j < 4; ++j)
+            word |= static_cast<u32>(is_seen(q_idx, min(k_idx + j, shape.seqlen_k - 1))) << 8 * j;
         return word;
     };
 
@@ -66,7 +73,9 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
                 all &= word == 0xffffu;
                 if (row < own_length) *reinterpret_cast<u16*>(words + row * bits.row_stride + 2 * chunk) = static_cast<u16>(word);
             };
-            if constexpr (cfg.by_keys) {
+            if (cfg.by_blocks && bits.pointer == nullptr) {
+                any = all = is_seen(q_begin, k_begin);
+            } else if constexpr (cfg.by_keys) {
                 constexpr int kFours = cfg.block_n / 4;
                 // Queries that are all alike are one.
                 int const step = mask.query_stride == 0 ? 0 : 1;
@@ -74,7 +83,7 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
                     int const k_idx = k_begin + at % kFours * 4, chunk = at / kFours;
                     u32 low = 0, high = 0;
                     if (k_idx < shape.seqlen_k) {
-#pragma unroll
+#pragma unroll(cfg.by_blocks ? 1 : 8)
                         for (int q = 0; q < 8; ++q) {
                             low |= four(q_begin + 16 * chunk + q * step, k_idx) << q;
                             high |= four(q_begin + 16 * chunk + (8 + q) * step, k_idx) << q;
@@ -88,7 +97,7 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
             } else {
                 constexpr int kChunks = cfg.block_n / 16;
                 int const rows = mask.query_stride == 0 ? 1 : end - q_begin;
-#pragma unroll 4
+#pragma unroll(cfg.by_blocks ? 1 : 4)
                 for (int at = lane; at < rows * kChunks; at += 32) {
                     int const q_idx = q_begin + at / kChunks, chunk = at % kChunks, k_idx = k_begin + 16 * chunk;
                     u32 word = 0;
@@ -100,7 +109,7 @@ CUFLASH_DEVICE void mask_blocks(Params const& params, u32 smem) {
                         add(which_bytes(x.z), 2);
                         add(which_bytes(x.w), 3);
                     } else {
-#pragma unroll
+#pragma unroll(cfg.by_blocks ? 1 : 4)
                         for (int j = 0; j < 4; ++j) add(four(q_idx, k_idx + 4 * j), j);
                     }
                     keep(word, q_idx, chunk);

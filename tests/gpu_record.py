@@ -23,8 +23,8 @@ RECORD = ROOT / "tests" / "gpu_record.json"
 #: user's GPU array and the launch.
 _FOLDERS = ("cuflash", "kernels_cu", "tests")
 _DECISIVE_MODULES = {
-    "arguments", "arrays", "compile", "configs", "expression", "functional", "launch", "params", "plan", "problem",
-    "score_mods", "scores", "tensor_map", "torch",
+    "arguments", "arrays", "block_mask", "compile", "configs", "expression", "functional", "launch", "params", "plan",
+    "problem", "score_mods", "scores", "tensor_map", "torch",
 }  # fmt: skip
 _IGNORED_SUFFIXES = (".pyc", ".json", ".csv")
 

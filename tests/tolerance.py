@@ -123,7 +123,7 @@ class Yardstick:
         xp, score = self.xp, self.options["score"]
         visible = ref._visible(self.options["band"], self.q, self.k)
         if score.mask is not None:
-            visible = visible & score.mask
+            visible = visible & ref._mask(score, self.q, self.k)
         if score.bias is not None:
             visible = visible & (score.bias.astype(np.float64) != -np.inf)
         if self._modified is not None:

@@ -131,9 +131,10 @@ struct BackwardConvertConfig {
 };
 
 struct MaskBlocksConfig {
-    int block_m;
+    int block_m;  // these two as in the main kernel
     int block_n;
-    bool by_keys;
+    bool by_keys;    // lists are those of tiles of keys
+    bool by_blocks;  // an element of the mask stands for more than one pair
     int num_warps;
 };
 

@@ -56,7 +56,8 @@ struct MaskBits {
 
 // What attention/score.cuh and dropout read. Slopes and sinks are of the accumulator's type.
 struct ScoreParams {
-    Pairs mask, bias, alibi_slopes, sinks;
+    Pairs mask;  // by blocks of mask_block_q queries and mask_block_k keys
+    Pairs bias, alibi_slopes, sinks;
     Pairs mask_blocks;  // lists of mask_blocks.cuh; query_stride is that of tiles
     MaskBits mask_bits;
     u64 seed;
@@ -71,7 +72,18 @@ struct ScoreParams {
     i32 first_batch;   // number of the first batch entry, as the generator counts
     i32 q_offset;      // where query 0 stands among the keys
     i32 first_key;     // number of the first key, as the generator counts: a multiple of 16
+    i32 mask_block_q;  // 1 where each query, or key, has elements of its own
+    i32 mask_block_k;
+    i32 mask_first_key;  // number of the first key in its block of the mask
 
+    // The mask's element for a pair that exists.
+    CUFLASH_DEVICE char const* in_mask(char const* origin, int q_idx, int k_idx) const {
+        if ((mask_block_q | mask_block_k) != 1) {
+            q_idx = static_cast<u32>(q_idx) / static_cast<u32>(mask_block_q);
+            k_idx = static_cast<u32>(k_idx + mask_first_key) / static_cast<u32>(mask_block_k);
+        }
+        return mask.of_pair(origin, q_idx, k_idx);
+    }
     CUFLASH_DEVICE u64 current_seed() const {
         return seed_at == nullptr ? seed : __ldg(reinterpret_cast<u64 const*>(seed_at));
     }

@@ -277,7 +277,7 @@ struct HeadScores {
         }
         s *= Log2<Acc>::kE;
         if constexpr (cfg.mask) {
-            if (!__ldg(reinterpret_cast<unsigned char const*>(params.mask.of_pair(mask, q_idx, k_idx)))) s = -infinity();
+            if (!__ldg(reinterpret_cast<unsigned char const*>(params.in_mask(mask, q_idx, k_idx)))) s = -infinity();
         }
         return s;
     }

@@ -303,7 +303,17 @@ def test_reference_agrees_with_pytorch_and_catches_a_mistake(dtype, is_causal, m
         assert math.isnan(reference.error("forward+backward", wrong))
 
 
-OPTIONS = ("bias", "ALiBi", "softcap", "window", "documents", "block-sparse", "dropout", "grouped dropout")
+OPTIONS = (
+    "bias",
+    "ALiBi",
+    "softcap",
+    "window",
+    "documents",
+    "block-sparse",
+    "block mask",
+    "dropout",
+    "grouped dropout",
+)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -337,6 +337,38 @@ def test_masks(seed: int, arch: int, programs: Programs, tmp_path: Path, monkeyp
     check_scores(case, arch, Options(window=window), extras, device)
 
 
+#: Sizes of blocks that tiles divide, and that they do not; a band that cuts off keys, whole blocks of them and parts.
+BLOCKS: tuple[tuple[tuple[int, int], dict[str, Any]], ...] = (
+    ((128, 128), {}),
+    ((128, 128), {"deterministic": True}),
+    ((128, 128), {"window": (72, 50)}),
+    ((128, 128), {"window": (90, 50)}),
+    ((48, 40), {"window": (90, None)}),
+    ((1, 100), {}),
+    ((256, 1), {"window": (50, 10)}),
+    ((1000, 64), {"window": (3, 70)}),
+)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("block", "options"), BLOCKS, ids=str)
+def test_masks_by_blocks(
+    block: tuple[int, int], options: dict[str, Any], arch: int, programs: Programs, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Elements of a mask that stand for many pairs, with bits and without."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    case = Case(
+        "float16", batch=2, num_heads=4, num_heads_kv=2, seqlen_q=100, seqlen_k=300, head_dim=64, head_dim_v=64,
+        window=options.get("window"),
+    )  # fmt: skip
+    lengths = (configs.ceil_div(length, size) for length, size in zip((100, 300), block, strict=True))
+    blocks = np.random.default_rng(3).random((2, 4, *lengths)) < 0.6
+    extras = Extras(device.put(blocks[:, :, :: -1 if block == (48, 40) else 1]), None, None, None)
+    check_scores(case, arch, Options(**options), extras, device, block=block)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_derivatives_of_hidden_pairs(
     arch: int, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -372,23 +404,44 @@ def view(array: np.ndarray, name: str) -> ArrayView:
     return dataclasses.replace(NumPyArrays().view(array, name), device=0)
 
 
+def views_of(extras: Extras, block: tuple[int, int]) -> Extras:
+    """The extras as on a GPU, the mask by blocks."""
+    views = extras.map(view, Extras._fields)
+    return views if views.mask is None else views._replace(mask=dataclasses.replace(views.mask, block=block))
+
+
+def look_at_mask(make: launch.MaskCall | None, device: Device, mask: int) -> int:
+    """Where what a launch reads of a mask is, all of it written: the rest of the memory is full of ones."""
+    if make is None:
+        return 0
+    made = device.address(device.put(np.full(make.num_bytes, 0xFF, np.uint8)))
+    make(mask, made, 1)
+    return made
+
+
 def check_scores(
-    case: Case, gpu: int | plan.DeviceInfo, options: Options, extras: Extras, device: Device, mod: ScoreMod | None = None
+    case: Case,
+    gpu: int | plan.DeviceInfo,
+    options: Options,
+    extras: Extras,
+    device: Device,
+    mod: ScoreMod | None = None,
+    block: tuple[int, int] = (1, 1),
 ) -> None:
-    """Judge out, LSE and all gradients of a call with that done to its scores."""
+    """Judge out, LSE and all gradients of a call with that done to its scores; the mask is one by blocks."""
     arrays = {} if mod is None else mod.arrays
     if mod is not None:
         options = options._replace(score_mod=mod.option)
     clean = make_operands(case)
     q_offset = case.seqlen_k - case.seqlen_q if options.q_offset is None else options.q_offset
     score = Score(options.softcap, extras.bias, extras.mask, extras.alibi_slopes, q_offset, extras.sinks,
-                  options.dropout_p, 1 << 40, 3, None if mod is None else bound_of(mod))  # fmt: skip
+                  options.dropout_p, 1 << 40, 3, None if mod is None else bound_of(mod), block)  # fmt: skip
     yardstick = Yardstick(clean.q, clean.k, clean.v, band=case.band, scale=case.softmax_scale, score=score)
 
     q, k, v, d_out = make_operands(case, device.put)
     info = plan.DeviceInfo.of_arch(gpu) if isinstance(gpu, int) else gpu
     views = [view(x, letter) for x, letter in zip((q, k, v), "qkv", strict=True)]
-    extra_views = extras.map(view, Extras._fields)
+    extra_views = views_of(extras, block)
     captured = [view(x, name) for name, x in arrays.items()]
     call = arguments.forward(*views, None, options, extra_views, captured)
     pointers = tuple(0 if x is None else device.address(x) for x in extras)
@@ -399,12 +452,12 @@ def check_scores(
     lse = device.put(np.full(yardstick.lse.shape, np.nan, np.float32))
     strides = {"extras": call.extras, "itemsizes": call.itemsizes, "captured": call.captured}
     run = launch.ForwardCall(call.problem, 0, *call.strides, device_info=info, **strides)
-    lists = device.put(np.full(run.workspace_bytes, 0xFF, np.uint8))
-    run(*map(device.address, (q, k, v, out, lse)), 1, *of_score, device.address(lists) if lists.size else 0)
+    made = look_at_mask(run.mask_call, device, pointers[0])
+    run(*map(device.address, (q, k, v, out, lse)), 1, *of_score, made)
     yardstick.assert_forward(out, lse)
 
     out[...], lse[...] = yardstick.out, yardstick.lse
-    check_weights(yardstick, (q, k, lse), options, (extras, pointers, arrays), device, info)
+    check_weights(yardstick, (q, k, lse), options, (extras, block, pointers, arrays), device, info)
     d_lse = np.where(np.isfinite(yardstick.lse), np.random.default_rng(1).standard_normal(lse.shape), 0)
     d_lse = device.put(d_lse.astype(np.float32))
     wanted = Extras(None, *(True if x is not None else None for x in extras[1:]))
@@ -432,8 +485,9 @@ def check_scores(
     }
     addresses = [0 if x is None else device.address(x) for x in sums]
     by_captured = tuple(0 if x is None else device.address(x) for x in d_captured.values())
+    made = look_at_mask(back.mask_call, device, pointers[0])
     pointers = map(device.address, (d_out, q, k, v, out, lse, d_lse, *gradients, workspace))
-    back(*pointers, 1, *of_score, *addresses, by_captured)
+    back(*pointers, 1, *of_score, *addresses, by_captured, made)
     d_bias, slope_sums, sink_sums = sums
     found = reference.Gradients(
         *gradients, d_bias, None if slope_sums is None else slope_sums.sum(-1),
@@ -448,9 +502,9 @@ def check_weights(
 ) -> None:
     """Judge rows of the weights that follow from an LSE, and their sums."""
     q, k, lse = operands
-    extras, pointers, arrays = of_score
+    extras, block, pointers, arrays = of_score
     views = [view(x, name) for x, name in zip(operands, ("q", "k", "lse"), strict=True)]
-    extra_views = extras._replace(sinks=None).map(view, Extras._fields)
+    extra_views = views_of(extras._replace(sinks=None), block)
     captured = [view(x, name) for name, x in arrays.items()]
     options = options._replace(dropout_p=0.0, deterministic=False)
     for rows in (slice(3, None, 2), None):

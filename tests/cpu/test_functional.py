@@ -407,13 +407,27 @@ class HostLaunches:
             assert seed == 0
             seed = int(at(seed_at, (1,), (1,), "uint64")[0])
         shape = (problem.batch, problem.num_heads, problem.seqlen_q, problem.seqlen_k)
-        shapes = (shape, shape, shape[:2], shape[1:2])
+        sizes = f.mask_block[:2]
+        blocks = (*shape[:2], *(-(-length // size) for length, size in zip(shape[2:], sizes, strict=True)))
+        shapes = (blocks, shape, shape[:2], shape[1:2])
         dtypes = ("bool", f.bias, problem.lse_dtype, problem.lse_dtype)
         mask, bias, slopes, sinks = (
             at(pointer, size, own, dtype) if pointer else None
             for pointer, size, own, dtype in zip(pointers, shapes, strides, dtypes, strict=True)
         )
-        return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch, mod)
+        return Score(f.softcap, bias, mask, slopes, f.q_offset, sinks, f.dropout_p, seed, first_batch, mod, sizes)
+
+    def mask_call(self, problem: Any, what: str) -> Any:
+        """Stand for what looks at a mask: what it leaves is the address of the mask."""
+        if problem.features.mask is None:
+            return None
+
+        def make(mask: int, made: int, stream: int) -> None:
+            self.log.append((f"mask for {what}", 1, stream))
+            at(made, (1,), (1,), "uint64")[0] = mask
+
+        make.num_bytes, make.key = 64, what
+        return make
 
     def ForwardCall(
         self,
@@ -436,16 +450,17 @@ class HostLaunches:
             seed_at: int = 0,
             first: int = 0,
             captures: Any = (),
-            workspace: int = 0,
+            made: int = 0,
         ) -> None:
-            assert bool(workspace) == bool(call.workspace_bytes)
+            assert (call.mask_call is None) == (made == 0)
+            assert made == 0 or at(made, (1,), (1,), "uint64")[0] == pointers[0]
             self.log.append(("forward", device, stream))
             addressed = zip(("q", "k", "v", "out"), (q, k, v, out), strides, strict=True)
             parts = [self.operand(problem, *each) for each in addressed]
             score = self.score(problem, extras, captured, pointers, seed, seed_at, first, captures)
             cpu.forward(*parts, self.lse(problem, lse), band=problem.band, scale=problem.scale, score=score)
 
-        call.workspace_bytes = 64 if problem.features.mask else 0
+        call.mask_call = self.mask_call(problem, "forward")
         return call
 
     def WeightsCall(
@@ -500,6 +515,9 @@ class HostLaunches:
             operands, (workspace, stream), rest = pointers[:10], pointers[10:12], pointers[12:]
             f = problem.features
             nothing = (0,) * 4, 0, 0, 0, (), 0, 0, 0, ()
+            if call.mask_call is not None:
+                *rest, made = rest
+                assert at(made, (1,), (1,), "uint64")[0] == rest[0][0]
             extra_pointers, seed, seed_at, first, captures, *sums, by_captured = rest or nothing
             at(workspace, (64,), (1,), "uint8")[...] = 1
             self.log.append(("backward", device, stream))
@@ -531,6 +549,7 @@ class HostLaunches:
             )  # fmt: skip
 
         call.workspace_bytes = 64
+        call.mask_call = self.mask_call(problem, "backward")
         call.num_slope_sums = call.num_sink_sums = 1
         return call
 
@@ -548,6 +567,11 @@ class DeviceArrays(NumPyArrays):
     def __init__(self) -> None:
         super().__init__()
         self.device = 0
+        self.current_stream, self.capturing = 7, False
+
+    def is_capturing(self) -> bool:
+        assert self.device == 1, "it was asked while another device was current"
+        return self.capturing
 
     def view(self, array: np.ndarray, name: str) -> ArrayView:
         return replace(super().view(array, name), device=1)
@@ -557,7 +581,7 @@ class DeviceArrays(NumPyArrays):
 
     def stream(self, device: int) -> int:
         assert device == self.device, "the stream was read while another device was current"
-        return 7
+        return self.current_stream
 
     def current_device(self) -> int:
         return self.device
@@ -670,7 +694,85 @@ def test_device_calls_change_scores_as_host_calls_do(device, shapes, extras, lay
     for actual, desired in zip(found, gradients, strict=True):
         assert actual.dtype == desired.dtype
         np.testing.assert_allclose(actual, desired, rtol=1e-6 if desired.dtype == np.float32 else 1e-12, atol=1e-12)
-    assert device.log == [("forward", 1, 7)] * launches + [("backward", 1, 7)] * launches
+    # What is made of an array that may have changed is made for every launch.
+    assert device.log == [
+        (name, 1, 7) for what in ("forward", "backward") for name in (f"mask for {what}", what) * launches
+    ]
+
+
+def made(device):
+    """What was made of masks since the last time that somebody asked, and how many launches read it."""
+    names = [name for name, *_ in device.log]
+    device.log.clear()
+    masks = [name for name in names if name.startswith("mask")]
+    return masks, len(names) - len(masks)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize(("shapes", "extras", "layout", "launches"), SCORE_CASES)
+def test_what_is_made_of_a_mask_by_blocks_is_kept(device, shapes, extras, layout, launches, is_shared):
+    q, k, v = (random(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    *outer, rows, columns = (1,) * max(2 - len(extras[0]), 0) + extras[0]
+    outer = [launches, *outer] if launches > 1 and not is_shared else outer
+    blocks = random(*outer, -(-rows // 2), -(-columns // 3), seed=5) < 0.3
+    options = {"layout": layout, "is_causal": True}
+    on_host, mask = cuflash.BlockMask(blocks, (2, 3)), cuflash.BlockMask(blocks.view(DeviceArray), (2, 3))
+    out, lse = cuflash.attention(q, k, v, return_lse=True, mask=on_host, **options)
+    d_out = random(*out.shape, seed=3)
+    wanted = cuflash.attention_backward(d_out, q, k, v, out, lse, mask=on_host, **options)
+    there = [x.view(DeviceArray) for x in (d_out, q, k, v, out, lse)]
+
+    def run():
+        np.testing.assert_array_equal(cuflash.attention(*there[1:4], mask=mask, **options), out)
+        found = cuflash.attention_backward(*there, mask=mask, **options)
+        for actual, desired in zip(found[:3], wanted[:3], strict=True):
+            np.testing.assert_array_equal(actual, desired)
+        return made(device)
+
+    # Launches share it, unless they are of axes that the mask has.
+    num_masks = 1 if is_shared else launches
+    first = ["mask for forward"] * num_masks + ["mask for backward"] * num_masks
+    assert run() == (first, 2 * launches)
+    assert run() == ([], 2 * launches)
+    device.arrays.current_stream = 8  # which may be ahead of the other
+    assert run() == (first, 2 * launches)
+    device.arrays.current_stream = 7
+    assert run() == ([], 2 * launches)
+
+
+def test_graphs_keep_nothing_and_read_what_is_kept(device):
+    q = random(2, 4, 5, 8).view(DeviceArray)
+    mask = cuflash.BlockMask(np.eye(3, dtype=bool).view(DeviceArray), 2)
+    device.arrays.capturing = True
+    for _ in range(2):
+        cuflash.attention(q, q, q, mask=mask)
+        assert made(device) == (["mask for forward"], 1)
+    device.arrays.capturing = False
+    cuflash.attention(q, q, q, mask=mask)
+    assert made(device) == (["mask for forward"], 1)
+    device.arrays.capturing = True
+    cuflash.attention(q, q, q, mask=mask)
+    assert made(device) == ([], 1)
+
+
+def test_other_masks_and_many_streams(device, monkeypatch):
+    """A prepared call serves all masks of a size; and a mask that is full drops nothing."""
+    from cuflash import block_mask
+
+    monkeypatch.setattr(block_mask, "MAX_KEPT", 2)
+    q = random(2, 4, 5, 8).view(DeviceArray)
+    masks = [cuflash.BlockMask((random(3, 3, seed=seed) < 0.5).view(DeviceArray), 2) for seed in range(2)]
+    for mask in masks:
+        cuflash.attention(q, q, q, mask=mask)
+        assert made(device) == (["mask for forward"], 1)
+    for stream, count in ((7, 0), (8, 1), (9, 1), (9, 1), (8, 0), (7, 0)):
+        device.arrays.current_stream = stream
+        cuflash.attention(q, q, q, mask=masks[0])
+        assert made(device) == (["mask for forward"] * count, 1)
+    elements = cuflash.BlockMask(np.eye(5, dtype=bool).view(DeviceArray), 1)
+    for count in (1, 0):
+        cuflash.attention(q, q, q, mask=elements)
+        assert made(device) == (["mask for forward"] * count, 1)
 
 
 def test_seeds_on_the_device_stay_there(device):

@@ -20,7 +20,7 @@ LAYERS = (
     {"environment", "expression", "rng", "tensor_map"},
     {"scores"},
     {"problem", "cpu", "reference", "arrays"},
-    {"configs", "params", "arguments"},
+    {"configs", "params", "arguments", "block_mask"},
     {"plan", "compile", "score_mods"},
     {"launch"},
     {"functional"},
@@ -34,6 +34,7 @@ ONLY = {
     "reference": {"expression", "rng", "scores"},
     "environment": set(),
     "arrays": {"environment"},
+    "block_mask": {"arrays"},
 }
 
 OPTIONAL = {"cupy", "cupy_backends", "cuda", "torch", "jax", "ml_dtypes"}

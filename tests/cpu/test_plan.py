@@ -38,6 +38,7 @@ PROBLEMS["float32 d64 tf32"] = replace(PROBLEMS["float32 d64"], precision="tf32"
 FEATURES = {
     "softcap": Features(softcap=2.0),
     "mask": Features(mask=(False, False, True, True)),
+    "blocks": Features(mask=(False, True, True, True), mask_block=(128, 128, 0)),
     "everything": Features(2.0, (True, False, True, True), "float32", "float32", 0, "float32", 0.1),
 }
 for name, features in FEATURES.items():
@@ -65,7 +66,7 @@ def snapshot() -> str:
             lines.append(f"sm_{arch} {name}")
             lines += [
                 f"    {plan.config.name}: {plan.grid} x {plan.block}, smem {plan.smem_bytes}, "
-                f"workspace {plan.workspace_bytes}"
+                f"workspace {plan.workspace_bytes}{f', made {plan.made_bytes}' if plan.made_bytes else ''}"
                 for plan in all_plans(problem, device)
             ]
     return "\n".join(lines) + "\n"
@@ -112,7 +113,7 @@ def test_every_problem_has_plans_that_fit(problem: Problem, arch: int) -> None:
         assert configs.feasible(plan.config, arch)
         assert plan.config.name in str(plan)
     forward = plan_forward(problem, device)
-    assert (forward.workspace_bytes > 0) == (forward.before is not None and forward.before.grid > 0)
+    assert (forward.made_bytes > 0) == (forward.before is not None and forward.before.grid > 0)
     assert forward.before is None or problem.features.mask is not None
 
 

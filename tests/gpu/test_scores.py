@@ -68,6 +68,16 @@ def bound(mod: cuflash.ScoreMod) -> Bound:
 
 
 @st.composite
+def block_masks(draw: Any, case: Case) -> dict[str, Any]:
+    """A mask by blocks, which tiles divide or do not."""
+    size = draw(st.tuples(*[st.sampled_from((1, 3, 16, 64, 100, 128, 256))] * 2))
+    blocks = (-(-length // one) for length, one in zip((case.seqlen_q, case.seqlen_k), size, strict=True))
+    shape = tuple(n if draw(st.booleans()) else 1 for n in (case.batch, case.num_heads, *blocks))
+    numbers = np.random.default_rng(draw(st.integers(0, 999)))
+    return {"mask": numbers.random(shape[draw(st.integers(0, 2)) :]) < 0.7, "mask_block": size}
+
+
+@st.composite
 def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
     """The family's options, with arrays on the device."""
     names = family.names
@@ -84,6 +94,8 @@ def scores(draw: Any, case: Case, family: ScoreFamily) -> Score:
             tiles = tiles.repeat(size, -1).repeat(size, -2)[..., :rows, :columns]
             pairs_of_mask &= tiles > 0
             pairs_of_mask |= tiles > 1
+        if draw(st.booleans()):
+            made |= draw(block_masks(case))
     if "bias" in names:
         bias = draw(st.sampled_from((1.0, 10.0))) * numbers.standard_normal(broadcastable(draw, pairs))
         made["bias"] = bias.astype(family.bias_dtype)
@@ -175,8 +187,9 @@ def options_of(case: Case, score: Score) -> dict[str, Any]:
             {name: values[name] for name in values if name not in numbers},
             {name: values[name] for name in values if name in numbers},
         )
+    mask = score.mask if score.mask_block == (1, 1) else cuflash.BlockMask(score.mask, score.mask_block)
     return {
-        **case.options, "mask": score.mask, "bias": score.bias, "alibi_slopes": score.alibi_slopes,
+        **case.options, "mask": mask, "bias": score.bias, "alibi_slopes": score.alibi_slopes,
         "sinks": score.sinks, "softcap": score.softcap, "dropout_p": score.dropout_p, "seed": score.seed,
         "score_mod": mod,
     }  # fmt: skip
