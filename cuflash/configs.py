@@ -491,7 +491,7 @@ class BackwardCapturedConfig(TileConfig):
 
     header: ClassVar[str] = "backward_captured.cuh"
     function: ClassVar[str] = "backward_captured"
-    tiles: ClassVar[str] = "BackwardCapturedTiles"
+    tiles: ClassVar[str] = "RecomputedTiles"
     host_fields: ClassVar[frozenset[str]] = TileConfig.host_fields | {"main_params"}
 
     @property
@@ -1125,8 +1125,8 @@ def backward_companions(
     )
 
 
-#: Query rows and keys of a tile, the largest first.
-_CAPTURED_TILES = ((64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+#: Query rows and keys of a tile that is computed once more, the largest first; larger ones take all registers.
+_RECOMPUTED_TILES = ((64, 32), (32, 32), (32, 16), (16, 16))
 
 
 def backward_captured_config(main: BackwardMmaConfig | BackwardWgmmaConfig, arch: int) -> BackwardCapturedConfig:
@@ -1136,7 +1136,7 @@ def backward_captured_config(main: BackwardMmaConfig | BackwardWgmmaConfig, arch
         BackwardCapturedConfig(
             main.mma, copy, main.head_dim, main.head_dim_v, *tile, main_params=main.params, score=main.score
         )
-        for tile in _CAPTURED_TILES[arch < 80 :]  # before sm_80 products take more registers
+        for tile in _RECOMPUTED_TILES
     )
     return next(config for config in choices if config.smem_bytes <= smem_limit(arch))
 
