@@ -10,11 +10,13 @@
 //                 grid.x = chunks of max(head_dim, head_dim_v) * n_blocks * num_heads_kv * batch
 //         kDQ     block_m queries stay, key tiles pass by. [block_m, block_n]
 //                 grid.x = chunks of head_dim * m_blocks * num_heads * batch
+//         kBias   for the gradient by the bias in a fixed order: backward_bias.cuh says what a block does.
 //         A chunk is `columns` elements of the gradients' rows, the innermost index of the grid; each computes P
 //         and dS again, so that the gradients of any head_dim are summed in registers.
 // Memory  delta is the only workspace: (batch, num_heads, seqlen_q) of the accumulator type.
 // Source  Dao et al. 2022 (FlashAttention), algorithm 4, with d_q in a kernel of its own instead of atomics.
 #pragma once
+#include "attention/bias_sums.cuh"
 #include "attention/block_range.cuh"
 #include "attention/captured.cuh"
 #include "attention/config.cuh"
@@ -392,6 +394,43 @@ CUFLASH_DEVICE void backward_simt_captured(ParamsOf<cfg.score, BackwardParams> c
     sums.finish();
 }
 
+// The gradient by the bias in a fixed order; backward_bias.cuh is the same on tensor cores.
+template <BackwardSimtConfig cfg>
+CUFLASH_DEVICE void backward_simt_bias(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
+    using Gemm = BlockGemm<cfg.dtype, cfg.block_m, cfg.block_n, cfg.columns, cfg.threads()>;
+    using Acc = typename Gemm::Acc;
+    Shape const& shape = params.shape;
+    Pairs const& sums = params.bias_sums;
+    BiasPart const part(shape, sums, params.num_batches, cfg.block_m, cfg.block_n);
+    Gemm const gemm(smem, threadIdx.x);
+    typename Gemm::TileS acc = {};
+#pragma unroll 1
+    for (int batch = part.batches.begin; batch < part.batches.end; ++batch)
+#pragma unroll 1
+        for (int head = part.heads.begin; head < part.heads.end; ++head) {
+            PairGradients<cfg, Acc> const pairs(params, batch, head);
+#pragma unroll 1
+            for (int m_block = part.m_blocks.begin; m_block < part.m_blocks.end; ++m_block) {
+                int const q_begin = m_block * cfg.block_m;
+                BlockRange const range = key_blocks(shape, q_begin, min(shape.seqlen_q, q_begin + cfg.block_m), cfg.block_n);
+                int const first = max(part.n_blocks.begin, range.first), last = min(part.n_blocks.end, range.last);
+#pragma unroll 1
+                for (int n_block = first; n_block < last; ++n_block)
+                    for_each_pair(gemm, pairs, m_block, n_block, range,
+                                  [&](int i, int j, Acc, Acc x, int, int) { acc[i][j] += x; });
+            }
+        }
+#pragma unroll
+    for (int i = 0; i < Gemm::kM; ++i)
+#pragma unroll
+        for (int j = 0; j < Gemm::kN; ++j) gemm.p_at(i, j) = acc[i][j];
+    __syncthreads();
+    add_tile<cfg.block_m, cfg.block_n, cfg.threads(), Acc>(
+        sums, sums.at(part.batches.begin, part.heads.begin), shape, part.m_blocks.begin * cfg.block_m,
+        part.n_blocks.begin * cfg.block_n, [&](int row, int col) { return gemm.p[row * Gemm::kPitchP + col]; },
+        [&](int row, int col, Acc x) { gemm.p[row * Gemm::kPitchP + col] = x; });
+}
+
 template <BackwardSimtConfig cfg>
 CUFLASH_DEVICE void backward_simt(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
     if constexpr (cfg.step == BackwardStep::kDelta) {
@@ -400,7 +439,9 @@ CUFLASH_DEVICE void backward_simt(ParamsOf<cfg.score, BackwardParams> const& par
         backward_simt_dkdv<cfg>(params, smem);
     } else if constexpr (cfg.step == BackwardStep::kDQ) {
         backward_simt_dq<cfg>(params, smem);
-    } else {
+    } else if constexpr (cfg.step == BackwardStep::kCaptured) {
         backward_simt_captured<cfg>(params, smem);
+    } else {
+        backward_simt_bias<cfg>(params, smem);
     }
 }
