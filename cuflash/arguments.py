@@ -83,8 +83,10 @@ class Call:
     extras: Extras = NO_EXTRAS
     #: Their itemsizes, as kernels see them: slopes and sinks come in the dtype that sums have.
     itemsizes: Extras = NO_EXTRAS
-    #: The same of the gradients that are asked for, which are arrays in C order with the shapes of the extras.
+    #: The same of the gradients that are asked for, which are arrays in C order with the shapes of the extras; that by
+    #: the bias has a shape of its own, and is yet to be summed to that of the bias.
     d_extras: Extras = NO_EXTRAS
+    d_bias_shape: tuple[int, ...] = ()
     #: The arrays that an expression captures, in its order; and whether gradients by them are asked for.
     captured: tuple[CapturedArray, ...] = ()
     d_captured: tuple[bool, ...] = ()
@@ -533,7 +535,11 @@ def _call(
         given = given._replace(sinks=(1,))
     number = ITEMSIZE["float64" if shapes.dtype == "float64" else "float32"]
     itemsizes = extras.map(lambda view: view.itemsize if view.name in ("mask", "bias") else number)
-    gradients = wanted.map(lambda _, view, strides: _in_c_order(view.shape, strides), extras, given)
+    deterministic = _check_bool(options.deterministic, "deterministic")
+    d_shapes = wanted.map(lambda _, view: tuple(view.shape), extras)
+    if d_shapes.bias is not None and deterministic and shapes.device != CPU:
+        d_shapes = d_shapes._replace(bias=_sums_in_order(d_shapes.bias, shapes))
+    gradients = d_shapes.map(_in_c_order, given)
     num_axes = len(shapes.batch_shape)
     others = [strides for strides in (given.mask, given.bias, given.alibi_slopes) if strides is not None]
     others += [strides for strides in (gradients.bias, gradients.alibi_slopes) if strides is not None]
@@ -558,19 +564,6 @@ def _call(
         )
         for each in (given, gradients)
     )
-    deterministic = _check_bool(options.deterministic, "deterministic")
-    if deterministic and shapes.device != CPU and gradients.bias is not None:
-        depth = len(loop)
-        _check_fixed_order(gradients.bias[depth + 1 :], shapes)
-        if gradients.bias[depth] == 0 and batch > 1:
-            # Entries of one launch would add to the gradient in any order; launches come one after the other.
-            loop, batch = (*loop, batch), 1
-
-            def one_by_one(own: tuple[int, ...]) -> tuple[int, ...]:
-                return (*own[: depth + 1], 0, *own[depth + 1 :])
-
-            strides = tuple(map(one_by_one, strides))
-            given, gradients = (each.map(one_by_one)._replace(sinks=each.sinks) for each in (given, gradients))
     itemsize = ITEMSIZE[shapes.dtype]
     is_vectorized = all(operand.is_aligned for operand in operands) and not any(
         stride * itemsize % ALIGNMENT for stride in (shapes.head_dim, shapes.head_dim_v, *sum(strides, ()))
@@ -605,18 +598,22 @@ def _call(
         extras=given,
         itemsizes=itemsizes,
         d_extras=gradients,
+        d_bias_shape=d_shapes.bias or (),
         captured=tuple(CapturedArray(view.shape, view.strides, view.itemsize) for view in captured),
     )
 
 
-def _check_fixed_order(d_bias: tuple[int, ...], shapes: _Shapes) -> None:
-    """Check that the gradient by the bias, of these strides (head, query, key), can be summed in a fixed order."""
-    head, _, key = d_bias
-    if (head == 0 and shapes.num_heads > 1) or (key == 0 and shapes.seqlen_k > 1):
-        raise NotImplementedError(
-            "deterministic: got True for the gradient by a bias that is broadcast over heads or keys, which a GPU sums "
-            "in no fixed order yet; wanted a bias that has these axes, False, or arrays on the CPU"
-        )
+def _sums_in_order(shape: tuple[int, ...], shapes: _Shapes) -> tuple[int, ...]:
+    """Shape in which a GPU sums up the gradient by a bias of this shape in a fixed order.
+
+    It is that of the bias where this has queries and keys. Otherwise every head of every batch entry has sums of its
+    own, by queries or by keys, to be summed afterwards: few, and so there is work for many thread blocks.
+    """
+    by_query, by_key = (size > 1 for size in (1, 1, *shape)[-2:])
+    if (by_query or shapes.seqlen_q == 1) and (by_key or shapes.seqlen_k == 1):
+        return shape
+    rows, columns = (1, shapes.seqlen_k) if by_key else (shapes.seqlen_q, 1)
+    return (*shapes.batch_shape, shapes.num_heads, rows, columns) if shapes.has_heads else (rows, columns)
 
 
 def _check_extras(extras: Extras, q: ArrayView, shapes: _Shapes) -> Extras:

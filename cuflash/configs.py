@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from .problem import ITEMSIZE, Features, Mod
 
@@ -24,7 +24,7 @@ SMEM_PER_BLOCK = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100
 _MMA_CPP = {"f16": "kF16", "bf16": "kBF16", "f16_turing": "kF16Turing", "tf32": "kTF32", "tf32x3": "kTF32x3"}
 _COPY_CPP = {"tma": "kTma", "async": "kAsync", "vector": "kVector", "element": "kElement"}
 _DTYPE_CPP = {"float16": "kF16", "bfloat16": "kBF16", "float32": "kF32", "float64": "kF64"}
-_STEP_CPP = {"delta": "kDelta", "dkdv": "kDKDV", "dq": "kDQ", "captured": "kCaptured"}
+_STEP_CPP = {"delta": "kDelta", "dkdv": "kDKDV", "dq": "kDQ", "captured": "kCaptured", "bias": "kBias"}
 _ENUMS = {
     "mma": ("Mma", _MMA_CPP),
     "copy": ("Copy", _COPY_CPP),
@@ -493,7 +493,7 @@ class BackwardCapturedConfig(TileConfig):
 
     header: ClassVar[str] = "backward_captured.cuh"
     function: ClassVar[str] = "backward_captured"
-    tiles: ClassVar[str] = "BackwardCapturedTiles"
+    tiles: ClassVar[str] = "RecomputedTiles"
     host_fields: ClassVar[frozenset[str]] = TileConfig.host_fields | {"main_params"}
 
     @property
@@ -512,6 +512,14 @@ class BackwardCapturedConfig(TileConfig):
     def name(self) -> str:
         of_main = self.main_params.removeprefix("Backward").removesuffix("Params").lower()
         return f"{self.tile_name}_{self.copy}{f'_{of_main}' if of_main else ''}{self.score.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardBiasConfig(BackwardCapturedConfig):
+    """``backward_bias.cuh``, which takes the tiles of ``backward_captured.cuh``."""
+
+    header: ClassVar[str] = "backward_bias.cuh"
+    function: ClassVar[str] = "backward_bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -677,7 +685,7 @@ class ForwardSimtConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class BackwardSimtConfig(Config):
-    """``backward_simt.cuh``: one of its kernels, which run in the order delta, dkdv, dq, captured."""
+    """``backward_simt.cuh``: one of its kernels, which run in the order delta, dkdv, dq, captured, bias."""
 
     step: str
     dtype: str
@@ -1149,25 +1157,37 @@ def backward_companions(
     )
 
 
-#: Query rows and keys of a tile, the largest first.
-_CAPTURED_TILES = ((64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+#: Query rows and keys of a tile that is computed once more, the largest first; larger ones take all registers.
+_RECOMPUTED_TILES = ((64, 32), (32, 32), (32, 16), (16, 16))
 
 
 def backward_captured_config(main: BackwardMmaConfig | BackwardWgmmaConfig, arch: int) -> BackwardCapturedConfig:
     """The largest tile that fits."""
+    return _recomputed_config(BackwardCapturedConfig, main, arch)
+
+
+def backward_bias_config(main: BackwardMmaConfig | BackwardWgmmaConfig, arch: int) -> BackwardBiasConfig:
+    """The same."""
+    return _recomputed_config(BackwardBiasConfig, main, arch)
+
+
+_Recomputed = TypeVar("_Recomputed", bound=BackwardCapturedConfig)
+
+
+def _recomputed_config(
+    kind: type[_Recomputed], main: BackwardMmaConfig | BackwardWgmmaConfig, arch: int
+) -> _Recomputed:
     copy = _copy(arch, main.copy != "element")
     choices = (
-        BackwardCapturedConfig(
-            main.mma, copy, main.head_dim, main.head_dim_v, *tile, main_params=main.params, score=main.score
-        )
-        for tile in _CAPTURED_TILES[arch < 80 :]  # before sm_80 products take more registers
+        kind(main.mma, copy, main.head_dim, main.head_dim_v, *tile, main_params=main.params, score=main.score)
+        for tile in _RECOMPUTED_TILES
     )
     return next(config for config in choices if config.smem_bytes <= smem_limit(arch))
 
 
-def backward_simt_captured_config(dtype: str, score: ScoreConfig) -> BackwardSimtConfig:
-    """The same on plain arithmetic, which sums no columns."""
-    return replace(backward_simt_configs(dtype, 64, 64)[2], step="captured", score=score, min_blocks=1)
+def backward_simt_more_config(step: str, dtype: str, score: ScoreConfig) -> BackwardSimtConfig:
+    """The steps "captured" and "bias", the same on plain arithmetic: they sum no columns."""
+    return replace(backward_simt_configs(dtype, 64, 64)[2], step=step, score=score, min_blocks=1)
 
 
 def weights_config(
@@ -1239,7 +1259,7 @@ def mod_configs(arch: int, mod: Mod) -> list[Config]:
     score = ScoreConfig(mod=mod)
     backward = [replace(config, score=score) for config in backward_simt_configs("float64", 64, 64)[1:]]
     chosen: list[Config] = [replace(forward_simt_config("float64", 64), score=score), *backward]
-    chosen.append(backward_simt_captured_config("float64", score))
+    chosen.append(backward_simt_more_config("captured", "float64", score))
     for dtype in ("float16", "float32"):
         if (mma := mma_of(dtype, "ieee", arch)) is None:
             continue
@@ -1270,6 +1290,7 @@ def _score_configs(arch: int) -> Iterator[Config]:
         if dtype == "float64":
             yield replace(forward_simt_config(dtype, 64), score=every)
             yield from (replace(config, score=every) for config in backward_simt_configs(dtype, 64, 64)[1:])
+            yield backward_simt_more_config("bias", dtype, every)
             continue
         mma = mma_of(dtype, "ieee", arch)
         if mma is None or (dtype == "bfloat16" and arch != 90):
@@ -1291,6 +1312,8 @@ def _score_configs(arch: int) -> Iterator[Config]:
                     yield main
                     if score.mask:
                         yield from (mask_blocks_config(main, by_blocks) for by_blocks in (False, True))
+                if score.bias and dims in ((64, 64), (256, 256)):
+                    yield from (backward_bias_config(main, arch) for main in backward)
 
 
 def _all_configs(arch: int) -> Iterator[Config]:

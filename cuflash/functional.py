@@ -270,9 +270,9 @@ def attention_backward(
 precision
         The options of the forward call.
     deterministic : bool, default False
-        Whether the gradients are reproducible to the bit, at some cost in speed. On a GPU a bias that is broadcast over
-        batch axes then takes a launch per entry, and one that is broadcast over heads or keys raises
-        NotImplementedError where its gradient is asked for, as an array does that `score_mod` captures.
+        Whether the gradients are reproducible to the bit, at some cost in speed: on a GPU that by a bias which is
+        broadcast takes another pass over the scores. That by an array which `score_mod` captures is not to be had then
+        on a GPU: NotImplementedError.
 
     Returns
     -------
@@ -1350,7 +1350,8 @@ class _DeviceBackward(_Device):
             d_slopes = arrays.sum_to(framework, d_slopes, tuple(extras.alibi_slopes.shape))
         if d_sinks is not None:
             d_sinks = d_sinks.sum(-1).reshape(-1, self.call.problem.num_heads).sum(0)
-        sums = sums._replace(alibi_slopes=d_slopes, sinks=d_sinks)
+        d_bias = None if sums.bias is None else arrays.sum_to(framework, sums.bias, tuple(extras.bias.shape))
+        sums = Extras(None, d_bias, d_slopes, d_sinks)
         return self.finish(gradients, (q, k, v), sums, extras, d_captured, captured)
 
     def allocate_sums(self, q: Any, extras: Extras) -> Extras:
@@ -1362,7 +1363,7 @@ class _DeviceBackward(_Device):
         )
         shapes = Extras(
             None,
-            None if wanted.bias is None else tuple(extras.bias.shape),
+            None if wanted.bias is None else self.call.d_bias_shape,
             None if wanted.alibi_slopes is None else (*heads, num_slope_sums),
             None if wanted.sinks is None else (*heads, num_sink_sums),
         )

@@ -22,7 +22,7 @@ import numpy as np
 from . import compile as compiler
 from . import configs, environment, params, rng
 from .arrays import ALIGNMENT
-from .plan import DeviceInfo, Plan, plan_backward, plan_captured, plan_forward, plan_weights
+from .plan import DeviceInfo, Plan, plan_backward, plan_bias, plan_captured, plan_forward, plan_weights
 from .problem import ITEMSIZE, CapturedArray, Problem
 from .scores import NO_EXTRAS, Band, Extras
 from .tensor_map import TensorMap, TensorMaps
@@ -381,7 +381,8 @@ class BackwardCall:
         device_info: DeviceInfo | None = None,
         plans: tuple[Plan, ...] | None = None,
     ) -> None:
-        self.plans = plans or plan_backward(problem, device_info or DeviceInfo.current(device_id), environment.kernel())
+        device = device_info or DeviceInfo.current(device_id)
+        self.plans = plans or plan_backward(problem, device, environment.kernel())
         _announce(problem, self.plans)
         layout = self.plans[0].workspace
         assert layout is not None
@@ -397,12 +398,16 @@ class BackwardCall:
             params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
         params.fill_shape(block, problem)
         block["rows"], block["num_counters"] = layout.rows, layout.num_counters
+        block["num_batches"] = problem.batch
         block["scale"], block["scale_log2"] = problem.scale, problem.scale * params.LOG2_E
         params.fill_score(block, problem, extras, itemsizes)
         params.fill_mod(block, problem, 0, captured)
+        # Either the main kernel adds to the gradient by the bias or one of its own does.
+        of_bias = None if d_bias is None else plan_bias(self.plans[1], problem, device, d_bias)
+        bias_sums = "d_bias" if of_bias is None else "bias_sums"
         if d_bias is not None:
             size = ITEMSIZE[problem.lse_dtype]
-            block["d_bias"] = (0, *(stride * size for stride in d_bias))
+            block[bias_sums] = (0, *(stride * size for stride in d_bias))
         maps = None
         if isinstance(main, configs.BackwardWgmmaConfig):
             block["order"] = dataclasses.astuple(self.plans[1].order)  # type: ignore[arg-type]
@@ -410,7 +415,7 @@ class BackwardCall:
             maps = _backward_maps(problem, main, d_out, q, k, v)
         of_score = (
             *(f"score.{name}" for name in (*Extras._fields, "seed", "seed_at", "first_batch")),
-            "d_bias",
+            bias_sums,
             "slope_sums",
             "sink_sums",
             *params.pointers_of_mod(main.mod),
@@ -427,8 +432,9 @@ class BackwardCall:
             self.num_slope_sums = -(-problem.seqlen_k // main.block_n) * main.slope_sums
         if problem.features.sinks is not None:
             self.num_sink_sums = self.plans[-1].config.num_warps
+        if of_bias is not None:
+            self.plans = (*self.plans, of_bias)
         if any(wants_captured):
-            device = device_info or DeviceInfo.current(device_id)
             self.plans = (*self.plans, plan_captured(self.plans[1], problem, device))
         #: To be called before, if it is there.
         self.mask_call = _mask_call(problem, self.plans[1], device_id, block, extras.mask)

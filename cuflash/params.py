@@ -59,9 +59,11 @@ _BACKWARD = [
     ("rows", "i4"),
     ("num_counters", "i4"),
     ("scale_log2", "f4"),
+    ("num_batches", "i4"),
     ("scale", "f8"),
     ("score", _SCORE),
     ("d_bias", _PAIRS),
+    ("bias_sums", _PAIRS),
     ("slope_sums", "u8"),
     ("sink_sums", "u8"),
 ]

@@ -8,6 +8,7 @@ tiles are cut into parts depends on how many there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -503,13 +504,32 @@ def plan_weights(problem: Problem, num_rows: int | None, device: DeviceInfo, fam
     return Plan(config, blocks * p.num_heads * p.batch)
 
 
+def plan_bias(main: Plan, problem: Problem, device: DeviceInfo, strides: tuple[int, ...]) -> Plan | None:
+    """The launch, after all others, that computes the gradient by the bias in a fixed order.
+
+    `strides` are those of the gradient by (batch, head, query, key). None where the main kernel does it: where any
+    order will do, or each element of it is of one pair.
+    """
+    p = problem
+    lengths = p.batch, p.num_heads, p.seqlen_q, p.seqlen_k
+    if not p.deterministic or all(stride or length <= 1 for stride, length in zip(strides, lengths, strict=True)):
+        return None
+    config: configs.BackwardBiasConfig | configs.BackwardSimtConfig
+    if isinstance(main.config, configs.BackwardMmaConfig | configs.BackwardWgmmaConfig):
+        config = configs.backward_bias_config(main.config, device.arch)
+    else:
+        config = configs.backward_simt_more_config("bias", p.dtype, configs.ScoreConfig.of(p.features))
+    blocks = p.batch, p.num_heads, ceil_div(p.seqlen_q, config.block_m), ceil_div(p.seqlen_k, config.block_n)
+    return Plan(config, math.prod(count for stride, count in zip(strides, blocks, strict=True) if stride))
+
+
 def plan_captured(main: Plan, problem: Problem, device: DeviceInfo) -> Plan:
     """The launch, after all others of the backward, that computes the gradients by what an expression captures."""
     config: configs.BackwardCapturedConfig | configs.BackwardSimtConfig
     if isinstance(main.config, configs.BackwardMmaConfig | configs.BackwardWgmmaConfig):
         config = configs.backward_captured_config(main.config, device.arch)
     else:
-        config = configs.backward_simt_captured_config(problem.dtype, configs.ScoreConfig.of(problem.features))
+        config = configs.backward_simt_more_config("captured", problem.dtype, configs.ScoreConfig.of(problem.features))
     return Plan(config, ceil_div(problem.seqlen_q, config.block_m) * problem.num_heads * problem.batch)
 
 

@@ -10,11 +10,13 @@
 //                 grid.x = chunks of max(head_dim, head_dim_v) * n_blocks * num_heads_kv * batch
 //         kDQ     block_m queries stay, key tiles pass by. [block_m, block_n]
 //                 grid.x = chunks of head_dim * m_blocks * num_heads * batch
+//         kBias   for the gradient by the bias in a fixed order: backward_bias.cuh says what a block does.
 //         A chunk is `columns` elements of the gradients' rows, the innermost index of the grid; each computes P
 //         and dS again, so that the gradients of any head_dim are summed in registers.
 // Memory  delta is the only workspace: (batch, num_heads, seqlen_q) of the accumulator type.
 // Source  Dao et al. 2022 (FlashAttention), algorithm 4, with d_q in a kernel of its own instead of atomics.
 #pragma once
+#include "attention/bias_sums.cuh"
 #include "attention/block_range.cuh"
 #include "attention/captured.cuh"
 #include "attention/config.cuh"
@@ -332,57 +334,101 @@ CUFLASH_DEVICE void backward_simt_dq(ParamsOf<cfg.score, BackwardParams> const& 
                shape.head_dim);
 }
 
+// dS of a tile, for gradients that have a kernel of their own; of the keys those in `range` are read. Of every pair
+// `use(i, j, q.k times scale, dS, query, key)`; past the ends dS is 0, and query and key are the last ones.
+template <class Gemm, BackwardSimtConfig cfg, class Use>
+CUFLASH_DEVICE void for_each_pair(Gemm const& gemm, PairGradients<cfg, typename Gemm::Acc> const& pairs, int m_block,
+                                  int n_block, BlockRange const& range, Use use) {
+    using Acc = typename Gemm::Acc;
+    auto const& params = pairs.params;
+    Shape const& shape = params.shape;
+    int const q_begin = m_block * cfg.block_m, k_begin = n_block * cfg.block_n;
+    i64 const first_row = (static_cast<i64>(pairs.batch) * shape.num_heads + pairs.head) * shape.seqlen_q;
+    auto queries = [&](Operand const& operand) {
+        return RowTile{operand.at(pairs.batch, pairs.head, q_begin), operand.row_stride, 0,
+                       min(shape.seqlen_q - q_begin, cfg.block_m)};
+    };
+    auto keys = [&](Operand const& operand) {
+        return RowTile{operand.at(pairs.batch, pairs.head / shape.group_size, k_begin), operand.row_stride,
+                       range.k_begin - k_begin, range.k_end - k_begin};
+    };
+    typename Gemm::TileS s = {}, d_p = {};
+    gemm.multiply_nt(s, queries(params.q), keys(params.k), shape.head_dim);
+    gemm.multiply_nt(d_p, queries(params.d_out), keys(params.v), shape.head_dim_v);
+#pragma unroll
+    for (int i = 0; i < Gemm::kM; ++i) {
+        int const q_idx = q_begin + gemm.row(i), q_near = min(q_idx, shape.seqlen_q - 1);
+        Acc const lse_log2 = load_lse_log2<Acc>(params.lse, first_row + q_near);
+        Acc const delta = __ldg(reinterpret_cast<Acc const*>(params.delta) + first_row + q_near);
+#pragma unroll
+        for (int j = 0; j < Gemm::kN; ++j) {
+            int const k_idx = k_begin + gemm.col(j), k_near = min(k_idx, shape.seqlen_k - 1);
+            Acc derivative;
+            Acc weight = pairs.weight(s[i][j], lse_log2, q_near, k_near, derivative);
+            if (!is_visible(shape, q_idx, k_idx)) weight = 0;
+            Acc const x = weight == 0 ? Acc(0) : weight * (d_p[i][j] * pairs.kept(q_near, k_near) - delta);
+            use(i, j, s[i][j] * static_cast<Acc>(params.scale), x, q_near, k_near);
+        }
+    }
+}
+
 // Gradients by the arrays that an expression captures, by tiles of queries as for d_q.
 template <BackwardSimtConfig cfg>
 CUFLASH_DEVICE void backward_simt_captured(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
     using Gemm = BlockGemm<cfg.dtype, cfg.block_m, cfg.block_n, cfg.columns, cfg.threads()>;
     using Acc = typename Gemm::Acc;
-
-    // ---- coordinates ----
     Shape const& shape = params.shape;
     int const num_m_blocks = (shape.seqlen_q + cfg.block_m - 1) / cfg.block_m;
     int const m_block = num_m_blocks - 1 - static_cast<int>(blockIdx.x % num_m_blocks);
     int const head = blockIdx.x / num_m_blocks % shape.num_heads;
     int const batch = blockIdx.x / num_m_blocks / shape.num_heads;
     int const q_begin = m_block * cfg.block_m;
-    int const q_end = min(shape.seqlen_q, q_begin + cfg.block_m);
-    int const head_kv = head / shape.group_size;
-    BlockRange const range = key_blocks(shape, q_begin, q_end, cfg.block_n);
+    BlockRange const range = key_blocks(shape, q_begin, min(shape.seqlen_q, q_begin + cfg.block_m), cfg.block_n);
     Gemm const gemm(smem, threadIdx.x);
     PairGradients<cfg, Acc> const pairs(params, batch, head);
     CapturedSums<HeadScores<cfg.score, Acc>, Acc> sums(pairs.scores);
-    RowTile const q{params.q.at(batch, head, q_begin), params.q.row_stride, 0, q_end - q_begin};
-    RowTile const d_out{params.d_out.at(batch, head, q_begin), params.d_out.row_stride, 0, q_end - q_begin};
-    i64 const first_row = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q;
-
-    // ---- mainloop ----
 #pragma unroll 1
-    for (int n = range.first; n < range.last; ++n) {
-        int const k_begin = n * cfg.block_n;
-        auto keys = [&](Operand const& operand) {
-            return RowTile{operand.at(batch, head_kv, k_begin), operand.row_stride, range.k_begin - k_begin,
-                           range.k_end - k_begin};
-        };
-        typename Gemm::TileS s = {}, d_p = {};
-        gemm.multiply_nt(s, q, keys(params.k), shape.head_dim);
-        gemm.multiply_nt(d_p, d_out, keys(params.v), shape.head_dim_v);
-#pragma unroll
-        for (int i = 0; i < Gemm::kM; ++i) {
-            int const q_idx = q_begin + gemm.row(i), q_near = min(q_idx, shape.seqlen_q - 1);
-            Acc const lse_log2 = load_lse_log2<Acc>(params.lse, first_row + q_near);
-            Acc const delta = __ldg(reinterpret_cast<Acc const*>(params.delta) + first_row + q_near);
-#pragma unroll
-            for (int j = 0; j < Gemm::kN; ++j) {
-                int const k_idx = k_begin + gemm.col(j), k_near = min(k_idx, shape.seqlen_k - 1);
-                Acc derivative;
-                Acc weight = pairs.weight(s[i][j], lse_log2, q_near, k_near, derivative);
-                if (!is_visible(shape, q_idx, k_idx)) weight = 0;
-                Acc const x = weight == 0 ? Acc(0) : weight * (d_p[i][j] * pairs.kept(q_near, k_near) - delta);
-                sums.add(s[i][j] * static_cast<Acc>(params.scale), x, q_near, k_near);
+    for (int n_block = range.first; n_block < range.last; ++n_block)
+        for_each_pair(gemm, pairs, m_block, n_block, range,
+                      [&](int, int, Acc s, Acc x, int q_idx, int k_idx) { sums.add(s, x, q_idx, k_idx); });
+    sums.finish();
+}
+
+// The gradient by the bias in a fixed order; backward_bias.cuh is the same on tensor cores.
+template <BackwardSimtConfig cfg>
+CUFLASH_DEVICE void backward_simt_bias(ParamsOf<cfg.score, BackwardParams> const& params, u32 smem) {
+    using Gemm = BlockGemm<cfg.dtype, cfg.block_m, cfg.block_n, cfg.columns, cfg.threads()>;
+    using Acc = typename Gemm::Acc;
+    Shape const& shape = params.shape;
+    Pairs const& sums = params.bias_sums;
+    BiasPart const part(shape, sums, params.num_batches, cfg.block_m, cfg.block_n);
+    Gemm const gemm(smem, threadIdx.x);
+    typename Gemm::TileS acc = {};
+#pragma unroll 1
+    for (int batch = part.batches.begin; batch < part.batches.end; ++batch)
+#pragma unroll 1
+        for (int head = part.heads.begin; head < part.heads.end; ++head) {
+            PairGradients<cfg, Acc> const pairs(params, batch, head);
+#pragma unroll 1
+            for (int m_block = part.m_blocks.begin; m_block < part.m_blocks.end; ++m_block) {
+                int const q_begin = m_block * cfg.block_m;
+                BlockRange const range = key_blocks(shape, q_begin, min(shape.seqlen_q, q_begin + cfg.block_m), cfg.block_n);
+                int const first = max(part.n_blocks.begin, range.first), last = min(part.n_blocks.end, range.last);
+#pragma unroll 1
+                for (int n_block = first; n_block < last; ++n_block)
+                    for_each_pair(gemm, pairs, m_block, n_block, range,
+                                  [&](int i, int j, Acc, Acc x, int, int) { acc[i][j] += x; });
             }
         }
-    }
-    sums.finish();
+#pragma unroll
+    for (int i = 0; i < Gemm::kM; ++i)
+#pragma unroll
+        for (int j = 0; j < Gemm::kN; ++j) gemm.p_at(i, j) = acc[i][j];
+    __syncthreads();
+    add_tile<cfg.block_m, cfg.block_n, cfg.threads(), Acc>(
+        sums, sums.at(part.batches.begin, part.heads.begin), shape, part.m_blocks.begin * cfg.block_m,
+        part.n_blocks.begin * cfg.block_n, [&](int row, int col) { return gemm.p[row * Gemm::kPitchP + col]; },
+        [&](int row, int col, Acc x) { gemm.p[row * Gemm::kPitchP + col] = x; });
 }
 
 template <BackwardSimtConfig cfg>
@@ -393,7 +439,9 @@ CUFLASH_DEVICE void backward_simt(ParamsOf<cfg.score, BackwardParams> const& par
         backward_simt_dkdv<cfg>(params, smem);
     } else if constexpr (cfg.step == BackwardStep::kDQ) {
         backward_simt_dq<cfg>(params, smem);
-    } else {
+    } else if constexpr (cfg.step == BackwardStep::kCaptured) {
         backward_simt_captured<cfg>(params, smem);
+    } else {
+        backward_simt_bias<cfg>(params, smem);
     }
 }

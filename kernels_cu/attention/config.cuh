@@ -159,6 +159,8 @@ struct BackwardCapturedConfig {
     constexpr int threads() const { return 2 * block_m; }
 };
 
+using BackwardBiasConfig = BackwardCapturedConfig;
+
 struct WeightsConfig {
     Mma mma;
     Copy copy;
@@ -194,7 +196,7 @@ struct ForwardSimtConfig {
     constexpr int threads() const { return 32 * num_warps; }
 };
 
-enum class BackwardStep { kDelta, kDKDV, kDQ, kCaptured };
+enum class BackwardStep { kDelta, kDKDV, kDQ, kCaptured, kBias };
 
 struct BackwardSinksConfig {
     Dtype dtype;  // of the LSE: kF32 or kF64
@@ -206,8 +208,8 @@ struct BackwardSinksConfig {
 struct BackwardSimtConfig {
     BackwardStep step;
     Dtype dtype;
-    int block_m;  // query rows of a thread block (kDQ, kCaptured), of one step (kDKDV)
-    int block_n;  // keys of a thread block (kDKDV), of one step (kDQ, kCaptured)
+    int block_m;  // query rows of a thread block (kDQ, kCaptured), of one step (kDKDV, kBias)
+    int block_n;  // keys of a thread block (kDKDV), of one step (kDQ, kCaptured, kBias)
     int columns;  // elements of a gradient row that a thread block computes
     int num_warps;
     ScoreConfig score;

@@ -145,9 +145,11 @@ struct BackwardParams {
     i32 rows;          // seqlen_q rounded up to block_m of the main kernel
     i32 num_counters;
     float scale_log2;  // scale * log2(e), with its sign
+    i32 num_batches;
     double scale;
     ScoreParams score;
     Pairs d_bias;       // of float32 or float64, added to; null where it is not wanted
+    Pairs bias_sums;    // what backward_bias.cuh adds to instead
     char* slope_sums;   // of the gradient by ALiBi's slopes, (batch, num_heads, so many as tiles of keys leave); null likewise
     char* sink_sums;    // of the gradient by the sinks, (batch, num_heads, warps of backward_sinks.cuh)
 };

@@ -19,7 +19,7 @@ import pytest
 import cuflash
 from cuflash import arguments, configs, launch, plan, reference
 from cuflash.arguments import Options
-from cuflash.arrays import ArrayView, NumPyArrays
+from cuflash.arrays import ArrayView, NumPyArrays, sum_to
 from cuflash.problem import Problem
 from cuflash.score_mods import ScoreMod
 from cuflash.scores import Extras, Score
@@ -273,7 +273,7 @@ def test_scores(
     check_scores(case, arch, options, make_extras(case, SCORES[name], device.put), device, *mods)
 
 
-#: Whether a bias loaded by tiles differs among batch entries and heads, its dtype, keys before those that are seen, head_dim.
+#: Whether a bias loaded by tiles differs among batch entries and heads, its dtype, keys that nobody sees, head_dim.
 BIASES = [
     (True, True, "float16", 0, 64),
     (False, True, "bfloat16", 0, 64),
@@ -399,6 +399,49 @@ def test_slopes_begin_with_the_nearest_keys(
     check_scores(case, 90, Options(q_offset=q_offset), extras, device)
 
 
+#: Axes that a bias has, of (batch, heads, queries, keys).
+BROADCASTS = ("hqk", "bqk", "qk", "bhk", "k", "bhq", "hq", "bh", "b", "")
+BIAS_RUNS = [
+    *(
+        (*path, (85, 147), axes, ("bias",))
+        for path in (("float16", 80, "auto"), ("float64", 80, "auto"))
+        for axes in BROADCASTS
+    ),
+    *(("float16", 80, "auto", lengths, axes, ("bias",)) for lengths, axes in (((1, 147), "hk"), ((85, 1), "q"))),
+    *(
+        (*path, (85, 147), axes, ("bias", "mask", "alibi_slopes", "sinks", "curve"))
+        for path in (("float16", 90, "auto"), ("float32", 80, "auto"), ("float16", 75, "simt"))
+        for axes in ("qk", "bk", "h")
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*without tensor cores")
+@pytest.mark.parametrize(("dtype", "arch", "family", "lengths", "axes", "names"), BIAS_RUNS)
+def test_bias_in_a_fixed_order(
+    dtype: str, arch: int, family: str, lengths: tuple[int, int], axes: str, names: tuple[str, ...],
+    programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What a bias is broadcast over is summed up by a kernel of its own."""
+    device = Device(tmp_path, programs)
+    device.install(monkeypatch)
+    monkeypatch.setenv("CUFLASH_KERNEL", family)
+    everything = len(names) > 1
+    case = Case(
+        dtype, batch=2, num_heads=4, num_heads_kv=2, seqlen_q=lengths[0], seqlen_k=lengths[1], head_dim=24,
+        head_dim_v=32 if everything else 29, window=(50, 9),
+    )  # fmt: skip
+    sizes = zip("bhqk", (case.batch, case.num_heads, *lengths), strict=True)
+    bias = np.random.default_rng(3).standard_normal([size if axis in axes else 1 for axis, size in sizes])
+    extras = make_extras(case, names, device.put)._replace(bias=device.put(bias.astype(dtype)))
+    options = Options(
+        window=case.window, deterministic=True, softcap=2.0 if everything else None,
+        dropout_p=0.25 if everything else 0.0,
+    )  # fmt: skip
+    mods = [make_mod(mod, case, device.put) for mod in names if mod in EXPRESSIONS]
+    check_scores(case, arch, options, extras, device, *mods, backward_alone=True)
+
+
 def view(array: np.ndarray, name: str) -> ArrayView:
     """An array as one on a GPU."""
     return dataclasses.replace(NumPyArrays().view(array, name), device=0)
@@ -427,6 +470,8 @@ def check_scores(
     device: Device,
     mod: ScoreMod | None = None,
     block: tuple[int, int] = (1, 1),
+    *,
+    backward_alone: bool = False,
 ) -> None:
     """Judge out, LSE and all gradients of a call with that done to its scores; the mask is one by blocks."""
     arrays = {} if mod is None else mod.arrays
@@ -449,20 +494,24 @@ def check_scores(
     of_seed = (0, device.address(seed)) if extras.mask is None else (score.seed, 0)
     of_score = pointers, *of_seed, score.first_batch, tuple(map(device.address, arrays.values()))
     out = device.put(np.full(yardstick.out.shape, np.nan, q.dtype))
-    lse = device.put(np.full(yardstick.lse.shape, np.nan, np.float32))
+    number = np.dtype(call.problem.lse_dtype)
+    lse = device.put(np.full(yardstick.lse.shape, np.nan, number))
     strides = {"extras": call.extras, "itemsizes": call.itemsizes, "captured": call.captured}
-    run = launch.ForwardCall(call.problem, 0, *call.strides, device_info=info, **strides)
-    made = look_at_mask(run.mask_call, device, pointers[0])
-    run(*map(device.address, (q, k, v, out, lse)), 1, *of_score, made)
-    yardstick.assert_forward(out, lse)
+    if not backward_alone:
+        run = launch.ForwardCall(call.problem, 0, *call.strides, device_info=info, **strides)
+        made = look_at_mask(run.mask_call, device, pointers[0])
+        run(*map(device.address, (q, k, v, out, lse)), 1, *of_score, made)
+        yardstick.assert_forward(out, lse)
 
     out[...], lse[...] = yardstick.out, yardstick.lse
-    check_weights(yardstick, (q, k, lse), options, (extras, block, pointers, arrays), device, info)
+    if not backward_alone:
+        check_weights(yardstick, (q, k, lse), options, (extras, block, pointers, arrays), device, info)
     d_lse = np.where(np.isfinite(yardstick.lse), np.random.default_rng(1).standard_normal(lse.shape), 0)
-    d_lse = device.put(d_lse.astype(np.float32))
+    d_lse = device.put(d_lse.astype(number))
     wanted = Extras(None, *(True if x is not None else None for x in extras[1:]))
     rest = [view(x, text) for x, text in ((out, "out"), (lse, "lse"), (d_lse, "d_lse"))]
-    reals = [name in mod.expression.real_arrays for name in arrays] if mod is not None else []
+    # By captured arrays there is no fixed order.
+    reals = [not options.deterministic and name in mod.expression.real_arrays for name in arrays] if mod else []
     call = arguments.backward(
         view(d_out, "d_out"), *views, *rest, options, extra_views, captured, wanted, reals
     )  # fmt: skip
@@ -472,23 +521,31 @@ def check_scores(
     workspace = device.put(np.full(back.workspace_bytes, 0xFF, np.uint8))
     heads = (case.batch, case.num_heads)
     sums = [
-        None if extra is None else device.put(np.zeros(shape, np.float32))
+        None if extra is None else device.put(np.zeros(shape, number))
         for extra, shape in zip(
             extras[1:],
-            (np.shape(extras.bias), (*heads, back.num_slope_sums), (*heads, back.num_sink_sums)),
+            (call.d_bias_shape, (*heads, back.num_slope_sums), (*heads, back.num_sink_sums)),
             strict=True,
         )
     ]
     d_captured = {
-        name: device.put(np.zeros(x.shape, np.float32)) if is_real else None
+        name: device.put(np.zeros(x.shape, number)) if is_real else None
         for (name, x), is_real in zip(arrays.items(), reals, strict=True)
     }
     addresses = [0 if x is None else device.address(x) for x in sums]
     by_captured = tuple(0 if x is None else device.address(x) for x in d_captured.values())
     made = look_at_mask(back.mask_call, device, pointers[0])
     pointers = map(device.address, (d_out, q, k, v, out, lse, d_lse, *gradients, workspace))
-    back(*pointers, 1, *of_score, *addresses, by_captured, made)
+    of_back = *pointers, 1, *of_score, *addresses, by_captured, made
+    back(*of_back)
     d_bias, slope_sums, sink_sums = sums
+    if d_bias is not None and options.deterministic:  # launches add to what is there
+        before = d_bias.copy()
+        back(*of_back)
+        np.testing.assert_array_equal(d_bias, 2 * before)
+        d_bias[...] = before
+    if d_bias is not None:
+        d_bias = sum_to(NumPyArrays(), d_bias, np.shape(extras.bias))
     found = reference.Gradients(
         *gradients, d_bias, None if slope_sums is None else slope_sums.sum(-1),
         None if sink_sums is None else sink_sums.sum((0, 2)),

@@ -814,31 +814,34 @@ def test_seeds_elsewhere(device):
         cuflash.attention(x, x, x, dropout_p=0.5, seed=seed)
 
 
-@pytest.mark.parametrize(
-    ("bias", "launches"), [((3, 4, 5, 7), 1), ((4, 5, 7), 3), ((3, 4, 1, 7), 1), ((4, 1, 7), 3)], ids=str
-)
-def test_gradient_by_a_shared_bias_in_a_fixed_order_takes_a_launch_per_entry(device, bias, launches):
-    q, d_out = random(3, 4, 5, 8), random(3, 4, 5, 8, seed=1)
-    k, v = random(2, 3, 2, 7, 8, seed=2)
-    bias = random(*bias, seed=3)
+#: Shapes of biases of matrices, and of a batch with one axis or with two, of which one is broadcast and launched over.
+BIASES_IN_ORDER = [
+    ((), (5, 7)), ((), (5, 1)), ((), (7,)), ((), (1,)),
+    *(((3,), shape) for shape in ((3, 4, 5, 7), (4, 5, 7), (3, 1, 5, 7), (1, 5, 7), (5, 7))),
+    *(((3,), shape) for shape in ((3, 4, 1, 7), (4, 1, 7), (7,), (3, 1, 5, 1), (5, 1), (3, 4, 1, 1), (4, 1, 1), (1,))),
+    *(((2, 3), shape) for shape in ((2, 1, 4, 5, 7), (3, 1, 5, 7), (2, 1, 4, 1, 7), (3, 1, 5, 1), (2, 1, 1, 1, 1))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize(("batch", "shape"), BIASES_IN_ORDER, ids=str)
+def test_gradient_by_a_bias_in_a_fixed_order(device, batch, shape, is_strided):
+    heads = (4,) if batch else ()
+    kv_heads = (2,) if batch else ()
+    q, d_out = random(*batch, *heads, 5, 8), random(*batch, *heads, 5, 8, seed=1)
+    k, v = random(2, *batch[1:] or batch, *kv_heads, 7, 8, seed=2)
+    bias = random(*shape, seed=3)
+    if is_strided:  # of a bias that is not broadcast, but has equal elements, every one has a gradient
+        bias = np.broadcast_to(bias[..., :1], shape)
     dropout = {"dropout_p": 0.25, "seed": 5}
     out, lse = cuflash.attention(q, k, v, bias=bias, return_lse=True, **dropout)
     wanted = cuflash.attention_backward(d_out, q, k, v, out, lse, bias=bias, **dropout)
     operands = [x.view(DeviceArray) for x in (d_out, q, k, v, out, lse)]
     found = cuflash.attention_backward(*operands, bias=bias.view(DeviceArray), deterministic=True, **dropout)
     for actual, desired in zip(found[:4], wanted[:4], strict=True):
+        assert actual.shape == desired.shape
         np.testing.assert_allclose(actual, desired, rtol=1e-12, atol=1e-12)
-    assert len(device.log) == launches
-
-
-@pytest.mark.parametrize("bias", [(1, 5, 7), (4, 5, 1)], ids=str)
-def test_gradient_by_a_bias_that_has_no_fixed_order(device, bias):
-    q = random(3, 4, 5, 8).view(DeviceArray)
-    k = random(3, 4, 7, 8).view(DeviceArray)
-    bias = random(*bias, seed=3).view(DeviceArray)
-    out, lse = cuflash.attention(q, k, k, bias=bias, return_lse=True, deterministic=True)
-    with pytest.raises(NotImplementedError, match=r"deterministic: got True .* broadcast over heads or keys"):
-        cuflash.attention_backward(q, q, k, k, out, lse, bias=bias, deterministic=True)
+    assert len(device.log) == (batch[0] if len(batch) > 1 else 1)
 
 
 def test_seeds_are_no_new_prepared_calls(device):

@@ -133,6 +133,34 @@ def test_choice_does_not_depend_on_the_batch(problem: Problem, arch: int) -> Non
         assert plan.config.rounding == other.config.rounding
 
 
+@pytest.mark.parametrize("arch", configs.ARCHS)
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_bias_that_is_broadcast_has_a_launch_in_a_fixed_order(dtype: str, arch: int) -> None:
+    """As many blocks as there are tiles of its gradient; none where the main kernel adds to each element once."""
+    features = Features(bias="float16")
+    problem = Problem(dtype, 3, 4, 2, 200, 300, 64, 64, 1.0, features=features, deterministic=True)
+    device = DeviceInfo.of_arch(arch)
+    main = plan_backward(problem, device)[1]
+
+    def grid(strides: tuple[int, ...], **changes: object) -> int | None:
+        plan = planning.plan_bias(main, replace(problem, **changes), device, strides)
+        return None if plan is None else plan.grid
+
+    one = planning.plan_bias(main, problem, device, (0, 0, 0, 0))
+    assert one is not None
+    assert one.grid == 1
+    m_blocks, n_blocks = -(-200 // one.config.block_m), -(-300 // one.config.block_n)
+    assert grid((9, 9, 9, 9)) is None
+    assert grid((0, 0, 300, 1)) == m_blocks * n_blocks
+    assert grid((0, 9, 300, 1)) == 4 * m_blocks * n_blocks
+    assert grid((9, 0, 300, 1)) == 3 * m_blocks * n_blocks
+    assert grid((9, 9, 0, 1)) == 12 * n_blocks
+    assert grid((9, 9, 1, 0)) == 12 * m_blocks
+    assert grid((0, 0, 300, 1), deterministic=False) is None
+    assert grid((0, 9, 300, 1), batch=1) is None
+    assert grid((0, 9, 0, 1), batch=1, seqlen_q=1) is None
+
+
 @given(problem=problems(), arch=st.sampled_from(configs.ARCHS))
 def test_tables_list_every_choice(problem: Problem, arch: int) -> None:
     """`all_configs` is what the tests compile, so nothing may be planned that it leaves out."""

@@ -34,6 +34,8 @@ struct Dimensions {
 inline Dimensions threadIdx, blockIdx, gridDim;
 
 inline u32 __cvta_generic_to_shared(void const*) { return emulator::kSharedBase; }
+// What is touched through it no rule watches over.
+inline void* __cvta_shared_to_generic(u32 address) { return emulator::plain_shared(address); }
 
 template <class T>
 T min(T a, T b) {

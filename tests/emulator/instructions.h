@@ -30,6 +30,7 @@ std::array<T, 32> exchange(T const& mine) {
 // ---- shared memory ----
 void load_shared(u32 address, void* target, int bytes);
 void store_shared(u32 address, void const* source, int bytes);
+void* plain_shared(u32 address);
 void proxy_fence();
 
 template <class T>

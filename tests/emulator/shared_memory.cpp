@@ -71,6 +71,8 @@ void store_shared(u32 address, void const* source, int bytes) {
     shared().store(address, source, bytes, EMULATOR_CALLER);
 }
 
+void* plain_shared(u32 address) { return &shared().memory[address]; }
+
 void proxy_fence() {
     ++current->fences;
     pause();

@@ -148,6 +148,11 @@ class ScoreFamily:
         made = make_mod(name, Case(self.dtype))
         return Mod(made.expression, tuple((key, str(array.dtype)) for key, array in made.arrays.items()))
 
+    @property
+    def has_order(self) -> bool:
+        """Whether there is a gradient that another kernel computes where sums have a fixed order."""
+        return "bias" in self.names and not any(name in EXPRESSIONS for name in self.names)
+
     def problems(self) -> Iterator[Problem]:
         """Few and many queries, in rows that are copied by vectors or by elements."""
         has = self.names.__contains__
@@ -171,6 +176,12 @@ class ScoreFamily:
             yield from backward
             if problem.features.mod is not None:
                 yield plan.plan_captured(backward[1], problem, device)
+            if self.has_order:
+                problem = dataclasses.replace(problem, deterministic=True)
+                backward = plan.plan_backward(problem, device, self.path)
+                of_bias = plan.plan_bias(backward[1], problem, device, (0, 0, 0, 0))
+                assert of_bias is not None
+                yield from (*backward, of_bias)
 
 
 class WeightsFamily(ScoreFamily):
