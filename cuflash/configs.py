@@ -917,6 +917,10 @@ _FORWARD_WGMMA_BIAS_TILES = _FORWARD_WGMMA_SCORES | {
     (96, 96): (128, ((128, 2, 1, False, 1.0), (64, 2, 2, False, 0.6))),
     (128, 128): (128, ((128, 2, 1, False, 1.0), (64, 2, 1, False, 0.6))),
 }
+_FORWARD_WGMMA_BIAS_TILES_MASKED = _FORWARD_WGMMA_BIAS_TILES | {
+    dims: (64, ((192, 4, 2, False, 1.0), (128, 4, 2, False, 0.85), (64, 4, 2, False, 0.6)))
+    for dims in ((32, 32), (64, 64))
+}
 _BIAS_STAGES = 2
 
 
@@ -926,7 +930,7 @@ def _forward_wgmma_table(
     if not score.any():
         return _FORWARD_WGMMA
     if bias_tiles:
-        return _FORWARD_WGMMA_BIAS_TILES
+        return _FORWARD_WGMMA_BIAS_TILES_MASKED if score.mask else _FORWARD_WGMMA_BIAS_TILES
     if score.bias or (score.mod and score.mod.expression.differs_by_pair):
         return _FORWARD_WGMMA_BIAS
     return _FORWARD_WGMMA_SCORES if score.mask else _FORWARD_WGMMA_UNMASKED
@@ -1298,6 +1302,9 @@ def _score_configs(arch: int) -> Iterator[Config]:
         alone = [replace(ScoreConfig(), **{name: value}) for name, value in asdict(every).items() if value]
         has_all = dtype == "float16" and arch in (75, 80, 90)
         for dims in HEAD_DIM_PAIRS if has_all else ((64, 64), (128, 128)):
+            if has_wgmma(mma, arch):
+                by_tiles = replace(ScoreConfig(), bias=dtype) if has_all else every
+                yield from (row for row, _ in forward_wgmma_configs(mma, *dims, True, by_tiles, bias_tiles=True))
             for score in (every, *(alone if has_all and arch == 90 and dims == (64, 64) else ())):
                 forward: list[ForwardMmaConfig | ForwardWgmmaConfig] = [
                     forward_mma_config(mma, arch, *dims, True, score)
