@@ -602,6 +602,10 @@ class MaskBlocksConfig(Config):
         return self.main_params
 
     @property
+    def rounding(self) -> tuple[object, ...]:
+        return (self.function,)  # nothing is rounded
+
+    @property
     def smem_bytes(self) -> int:
         return 128
 
@@ -917,10 +921,9 @@ _FORWARD_WGMMA_BIAS_TILES = _FORWARD_WGMMA_SCORES | {
     (96, 96): (128, ((128, 2, 1, False, 1.0), (64, 2, 2, False, 0.6))),
     (128, 128): (128, ((128, 2, 1, False, 1.0), (64, 2, 1, False, 0.6))),
 }
-_FORWARD_WGMMA_BIAS_TILES_MASKED = _FORWARD_WGMMA_BIAS_TILES | {
-    dims: (64, ((192, 4, 2, False, 1.0), (128, 4, 2, False, 0.85), (64, 4, 2, False, 0.6)))
-    for dims in ((32, 32), (64, 64))
-}
+_FORWARD_WGMMA_BIAS_TILES_MASKED = _FORWARD_WGMMA_BIAS_TILES | dict.fromkeys(
+    ((32, 32), (64, 64)), (64, ((192, 4, 2, False, 1.0), (128, 4, 2, False, 0.85), (64, 4, 2, False, 0.6)))
+)
 _BIAS_STAGES = 2
 
 

@@ -939,6 +939,12 @@ class _Prepared:
             if pointer + low < out_pointer + out_high and out_pointer + out_low < pointer + high:
                 arguments.check_disjoint(framework.view(out, "out"), framework.view(array, name))
 
+    def zeros(self, q: Any, shape: tuple[int, ...]) -> Any:
+        """Where sums are added up: float32, or float64."""
+        array = self.framework.empty(q, shape, self.lse_dtype)
+        array[...] = 0
+        return array
+
     def allocate_weights(self, q: Any) -> Any:
         """Result of a call for weights; zeros where there is nothing to launch."""
         result = self.framework.empty(q, self.out_shape, self.lse_dtype)
@@ -966,24 +972,12 @@ class _Prepared:
 
     def allocate_extra_gradients(self, q: Any, extras: Extras) -> Extras:
         """Zeros to add the gradients of extras to, where these are asked for: float32, or float64."""
-
-        def zeros(_: tuple[int, ...], extra: Any) -> Any:
-            gradient = self.framework.empty(q, tuple(extra.shape), self.lse_dtype)
-            gradient[...] = 0
-            return gradient
-
-        return self.call.d_extras.map(zeros, extras)
+        return self.call.d_extras.map(lambda _, extra: self.zeros(q, tuple(extra.shape)), extras)
 
     def allocate_captured_gradients(self, q: Any) -> list[Any]:
         """Zeros to add the gradients by captured arrays to, None where there are none: float32, or float64."""
-
-        def zeros(shape: tuple[int, ...]) -> Any:
-            gradient = self.framework.empty(q, shape, self.lse_dtype)
-            gradient[...] = 0
-            return gradient
-
         pairs = zip(self.call.captured, self.call.d_captured, strict=True)
-        return [zeros(array.shape) if is_wanted else None for array, is_wanted in pairs]
+        return [self.zeros(q, array.shape) if is_wanted else None for array, is_wanted in pairs]
 
     def finish(
         self,
@@ -1091,10 +1085,11 @@ class _HostForward(_Host):
             ]
             canonical_lse = None if lse is None else self.canonical_lse(lse)
             extras = self.canonical_extras(self.in_accumulator(extras), self.call.extras)
+            mod = self.bind(captured)
             for launch, index in enumerate(numpy.ndindex(self.call.loop)):
                 q_part, k_part, v_part, out_part = (operand[index] for operand in operands)
                 lse_part = None if canonical_lse is None else canonical_lse[index]
-                score = self.score(extras, index, launch, seed, self.bind(captured))
+                score = self.score(extras, index, launch, seed, mod)
                 cpu.forward(q_part, k_part, v_part, out_part, lse_part, band=p.band, scale=p.scale, score=score)
         return out, lse
 
@@ -1132,11 +1127,12 @@ class _HostBackward(_Host):
             d_lse = None if d_lse is None else self.canonical_lse(contiguous(d_lse))
             canonical = self.canonical_extras(self.in_accumulator(extras), self.call.extras)
             sums = self.canonical_extras(d_extras, self.call.d_extras)
+            mod = self.bind(captured)
             for launch, index in enumerate(numpy.ndindex(self.call.loop)):
                 inputs, outputs = [x[index] for x in operands[:5]], [x[index] for x in operands[5:]]
                 d_lse_part = None if d_lse is None else d_lse[index]
                 parts: list[Any] = [*inputs, lse[index], d_lse_part, *outputs]
-                score = self.score(canonical, index, launch, seed, self.bind(captured))
+                score = self.score(canonical, index, launch, seed, mod)
                 # Where the extra was broadcast there is one element to add to.
                 d_bias, d_slopes, d_sinks = (
                     None if x is None else x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
@@ -1167,8 +1163,9 @@ class _HostWeights(_Host):
             num_rows = () if rows is None else (len(rows),)
             out = self.framework.as_numpy(result).reshape(*lse.shape[:-1], *num_rows, p.seqlen_k)
             extras = self.canonical_extras(self.in_accumulator(extras), self.call.extras)
+            mod = self.bind(captured)
             for launch, index in enumerate(numpy.ndindex(self.call.loop)):
-                score = self.score(extras, index, launch, None, self.bind(captured))
+                score = self.score(extras, index, launch, None, mod)
                 compute = cpu.received if rows is None else functools.partial(cpu.weights, rows=rows)
                 compute(q[index], k[index], lse[index], out[index], band=p.band, scale=p.scale, score=score)
         return result
@@ -1368,12 +1365,7 @@ class _DeviceBackward(_Device):
             None if wanted.sinks is None else (*heads, num_sink_sums),
         )
 
-        def zeros(shape: tuple[int, ...]) -> Any:
-            array = self.framework.empty(q, shape, self.lse_dtype)
-            array[...] = 0
-            return array
-
-        return shapes.map(zeros)
+        return shapes.map(functools.partial(self.zeros, q))
 
     def sum_arguments(self, sums: Extras) -> Iterator[tuple[int, int, int]]:
         """For every launch the pointers to these."""

@@ -12,13 +12,13 @@ covers what a plain program may miss by luck, above all on small arrays. `Yardst
 (16 for float64, where the reference is no more precise than the result)
 
 for other orders of summation, and scores rounded elsewhere, whose absolute error eps * |score| is a relative error of
-the probability; gradients start, on top of that, from an `out` that was rounded. `magnitude` is the largest value of
-the result's formula with the terms of every sum added in quadrature, so that none of them cancel, or of the result
-itself where that is larger: equal terms are rounded alike. Weights are rounded, too, and below the normal numbers of a
-dtype absolutely. With a bias or slopes, what they add counts as a score of its own, where weights are not 0 altogether:
-|score| + |bias| + |slope * distance|; so does a sink. An expression's error is that of its result and, times its
-derivative, that of the score it was given. The accumulator of 16-bit inputs being float32, the first part of
-the slack matters for float32 and float64 only.
+the probability; gradients start, on top of that, from an `out` that was rounded. A score counts twice what its terms
+are in quadrature where these cancel. `magnitude` is the largest value of the result's formula with the terms of every
+sum added in quadrature, so that none of them cancel, or of the result itself where that is larger: equal terms are
+rounded alike. Weights are rounded, too, and below the normal numbers of a dtype absolutely. With a bias or slopes, what
+they add counts as a score of its own, where weights are not 0 altogether: |score| + |bias| + |slope * distance|; so
+does a sink. An expression's error is that of its result and, times its derivative, that of the score it was given. The
+accumulator of 16-bit inputs being float32, the first part of the slack matters for float32 and float64 only.
 
 An element of `reference` that is not finite must not be finite in `actual`, and the other way round.
 """
@@ -93,13 +93,19 @@ class Yardstick:
         scores = self._grouped(self._finite(q)) @ self._finite(k)[:, :, None].swapaxes(-1, -2) * scale
         if score.softcap is not None:
             scores = score.softcap * xp.tanh(scores / score.softcap)
-        self._max_score = _largest(scores)
+        # Where terms cancel, errors are those of scores as large as such terms make them.
+        terms = xp.sqrt(self._grouped(self._finite(q) ** 2) @ self._finite(k)[:, :, None].swapaxes(-1, -2) ** 2)
+        sizes = xp.maximum(abs(scores), 2 * abs(scale) * terms)
+        if score.softcap is not None:
+            sizes = xp.minimum(sizes, score.softcap)
+        self._max_score = _largest(sizes)
         self._modified = None
         if score.mod is not None:
             before = scores.reshape(self._shape)
             self._modified = ref._modified(ref._in(np.float64, score), before, q.shape[1] // max(k.shape[1], 1))
             after, slopes = self._modified.score, self._finite(self._modified.by_score)
-            self._max_score = _largest(xp.where(after == -np.inf, 0.0, abs(self._finite(after)) + abs(before * slopes)))
+            sizes = abs(self._finite(after)) + abs(sizes.reshape(self._shape) * slopes)
+            self._max_score = _largest(xp.where(after == -np.inf, 0.0, sizes))
             scores = self._grouped(after)
         visible = self._grouped(self._visible())
         self._distances = ref._distances(score, q.astype(np.float64), k)

@@ -118,6 +118,7 @@ def test_every_problem_has_plans_that_fit(problem: Problem, arch: int) -> None:
 
 
 @example(problem=Problem("float16", 0, 3, 1, 257, 1, 32, 32, 1.0), arch=90)
+@example(problem=Problem("float16", 0, 3, 1, 1, 0, 32, 32, 1.0, features=FEATURES["mask"]), arch=90)
 @given(problem=problems(), arch=st.sampled_from(configs.ARCHS))
 def test_choice_does_not_depend_on_the_batch(problem: Problem, arch: int) -> None:
     """A sequence gets the same bits alone and in company."""

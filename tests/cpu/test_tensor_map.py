@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cuflash import launch, plan, tensor_map
-from cuflash.problem import Problem
+from cuflash.problem import Features, Problem
 from cuflash.scores import Band
 from cuflash.tensor_map import TensorMap, TensorMaps
 
@@ -82,12 +82,28 @@ def test_packed_queries_are_an_axis_of_their_own(driver: Driver) -> None:
     assert chosen.order is not None
     assert chosen.order.pack == 4
     q, k, v = (5 * 12 * 64, 64, 12 * 64), (700 * 3 * 64, 700 * 64, 64), (700 * 3 * 64, 64, 3 * 64)
-    launch._forward_maps(p, chosen.config, chosen.order.pack, q, k, v)((0, 0, 0))
+    launch._forward_maps(p, chosen.config, chosen.order.pack, None, q, k, v)((0, 0, 0))
     rows = chosen.config.block_m // 4
     (_, _, *q_map), (_, _, *k_map), (_, _, *v_map) = (asked[:5] for asked in driver.asked)
     assert q_map == [[64, 4, 5, 3, 2], [128, 12 * 128, 4 * 128, 5 * 12 * 128], [64, 4, rows, 1, 1]]
     assert k_map == [[64, 700, 3, 2], [128, 700 * 128, 700 * 3 * 128], [64, chosen.config.block_n, 1, 1]]
     assert v_map == [[64, 700, 3, 2], [3 * 128, 128, 700 * 3 * 128], [64, chosen.config.block_n, 1, 1]]
+
+
+@pytest.mark.parametrize(("heads", "batch"), [(True, True), (False, True), (True, False)])
+def test_axes_along_which_a_bias_is_broadcast_have_one_entry(driver: Driver, heads: bool, batch: bool) -> None:
+    features = Features(bias="bfloat16", bias_tiles=True)
+    p = Problem("float16", 2, 4, 4, 300, 700, 64, 64, 0.1, features=features)
+    chosen = plan.plan_forward(p, plan.DeviceInfo.of_arch(90))
+    operand = (4 * 700 * 64, 700 * 64, 64)
+    bias = (900 * 704 if batch else 0, 300 * 704 if heads else 0, 704, 1)
+    maps = launch._forward_maps(p, chosen.config, 1, bias, *[operand] * 3)
+    assert maps.count == 4
+    maps((0, 0, 0, 0))
+    dtype, _, *asked = driver.asked[3][:5]
+    assert dtype == 9
+    strides = [1408, 2 * bias[1], 2 * bias[0]]
+    assert asked == [[700, 300, 4 if heads else 1, 2 if batch else 1], strides, [64, chosen.config.block_m, 1, 1]]
 
 
 def test_threads_that_share_a_map_get_their_own_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,16 +49,42 @@ HEAD_DIMS = [
 ]
 
 _EDGES = (0, 1, 15, 33, 63, 64, 65, 128, 129, 255, 400)
-LENGTHS = [
-    Case(batch=2, num_heads=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, is_causal=is_causal)
-    for seqlen_q in _EDGES
-    for seqlen_k in _EDGES
-    for is_causal in (False, True)
-] + [
-    Case(dtype="float32", num_heads=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, is_causal=is_causal)
-    for seqlen_q, seqlen_k in ((0, 5), (5, 0), (1, 1), (31, 33), (65, 63), (129, 300), (300, 129), (1, 1000), (1000, 1))
-    for is_causal in (False, True)
-]
+LENGTHS = (
+    [
+        Case(batch=2, num_heads=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, is_causal=is_causal)
+        for seqlen_q in _EDGES
+        for seqlen_k in _EDGES
+        for is_causal in (False, True)
+    ]
+    + [
+        Case(dtype="float32", num_heads=2, seqlen_q=seqlen_q, seqlen_k=seqlen_k, is_causal=is_causal)
+        for seqlen_q, seqlen_k in (
+            (0, 5),
+            (5, 0),
+            (1, 1),
+            (31, 33),
+            (65, 63),
+            (129, 300),
+            (300, 129),
+            (1, 1000),
+            (1000, 1),
+        )
+        for is_causal in (False, True)
+    ]
+    + [
+        # Two scores, which a plain program happens to get to the last bit from terms many times as large.
+        Case(
+            dtype="float32",
+            num_heads=2,
+            num_heads_kv=1,
+            seqlen_q=1,
+            seqlen_k=1,
+            head_dim=256,
+            head_dim_v=256,
+            spread=3.0,
+        )
+    ]
+)
 
 _BANDS: tuple[dict[str, Any], ...] = (
     {"window": (0, 0)},

@@ -119,7 +119,7 @@ def test_memory_of_blocks() -> None:
 
 
 def test_other_streams_make_their_own(made: list[str]) -> None:
-    mask = cuflash.BlockMask(blocks_of((100, 60)))
+    mask = cuflash.BlockMask(blocks_of((100, 60)), (100, 60))
     inputs = operands()
     wanted = step(*inputs, mask=mask)
     cupy.cuda.Device().synchronize()

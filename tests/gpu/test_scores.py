@@ -142,6 +142,17 @@ def test_any_weights(family: WeightsFamily, data: st.DataObject) -> None:
     score = data.draw(scores(case, family))
     rows = slice(data.draw(st.integers(0, case.seqlen_q - 1)), data.draw(st.integers(1, case.seqlen_q)),
                  data.draw(st.integers(1, 5)))  # fmt: skip
+    check_weights(family, case, score, rows)
+
+
+def test_weights_of_one_key() -> None:
+    """Two scores, which a plain program happens to get to the last bit from terms many times as large."""
+    case = Case("float32", num_heads=2, num_heads_kv=1, seqlen_q=1, seqlen_k=1, head_dim=256, head_dim_v=256, spread=3.0)
+    check_weights(WeightsFamily("float32", "auto", 256, ()), case, Score(), slice(0, 1))
+
+
+def check_weights(family: WeightsFamily, case: Case, score: Score, rows: slice) -> None:
+    """Judge the weights of some queries, and what keys receive of all, on the family's path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUFLASH_KERNEL", family.path)
         arrays.framework_of(q=cupy.zeros(1)).prepared.clear()
