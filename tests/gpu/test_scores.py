@@ -147,7 +147,8 @@ def test_any_weights(family: WeightsFamily, data: st.DataObject) -> None:
 
 def test_weights_of_one_key() -> None:
     """Two scores, which a plain program happens to get to the last bit from terms many times as large."""
-    case = Case("float32", num_heads=2, num_heads_kv=1, seqlen_q=1, seqlen_k=1, head_dim=256, head_dim_v=256, spread=3.0)
+    lengths = {"seqlen_q": 1, "seqlen_k": 1, "head_dim": 256, "head_dim_v": 256}
+    case = Case("float32", num_heads=2, num_heads_kv=1, **lengths, spread=3.0)
     check_weights(WeightsFamily("float32", "auto", 256, ()), case, Score(), slice(0, 1))
 
 
