@@ -17,8 +17,9 @@ are in quadrature where these cancel. `magnitude` is the largest value of the re
 sum added in quadrature, so that none of them cancel, or of the result itself where that is larger: equal terms are
 rounded alike. Weights are rounded, too, and below the normal numbers of a dtype absolutely. With a bias or slopes, what
 they add counts as a score of its own, where weights are not 0 altogether: |score| + |bias| + |slope * distance|; so
-does a sink. An expression's error is that of its result and, times its derivative, that of the score it was given. The
-accumulator of 16-bit inputs being float32, the first part of the slack matters for float32 and float64 only.
+does a sink. The error of softcap, or of an expression, is that of its result and, times its derivative, that of the
+score it was given. The accumulator of 16-bit inputs being float32, the first part of the slack matters for float32 and
+float64 only.
 
 An element of `reference` that is not finite must not be finite in `actual`, and the other way round.
 """
@@ -91,13 +92,13 @@ class Yardstick:
         self.out, self.lse = ref.attention(q, k, v, **self.options)
         # Scores and probabilities as (batch, heads_kv, group, seqlen_q, seqlen_k), for the magnitudes only.
         scores = self._grouped(self._finite(q)) @ self._finite(k)[:, :, None].swapaxes(-1, -2) * scale
-        if score.softcap is not None:
-            scores = score.softcap * xp.tanh(scores / score.softcap)
         # Where terms cancel, errors are those of scores as large as such terms make them.
         terms = xp.sqrt(self._grouped(self._finite(q) ** 2) @ self._finite(k)[:, :, None].swapaxes(-1, -2) ** 2)
         sizes = xp.maximum(abs(scores), 2 * abs(scale) * terms)
         if score.softcap is not None:
-            sizes = xp.minimum(sizes, score.softcap)
+            tanh = xp.tanh(scores / score.softcap)
+            scores = score.softcap * tanh
+            sizes = abs(scores) + sizes * (1 - tanh**2)
         self._max_score = _largest(sizes)
         self._modified = None
         if score.mod is not None:

@@ -189,6 +189,17 @@ def test_any_call(family: ScoreFamily, data: st.DataObject, with_d_lse: bool) ->
         check(case, score, with_d_lse=with_d_lse, runs_in_order=runs)
 
 
+def test_scores_far_above_softcap() -> None:
+    """Derivatives of softcap are those of scores whose terms cancel; of 65 keys queries see few."""
+    case = Case("float32", batch=3, seqlen_q=65, seqlen_k=65, head_dim=128, head_dim_v=128, spread=3.0)
+    numbers = np.random.default_rng(0)
+    score = Score(
+        0.5, cupy.asarray(numbers.standard_normal((1, 1, 1, 1)), np.float32), cupy.asarray(numbers.random(65) < 0.15),
+        cupy.full(1, 0.05, np.float32), 0, cupy.full(1, 1.3), 0.1,
+    )  # fmt: skip
+    check(case, score, with_d_lse=True)
+
+
 def options_of(case: Case, score: Score) -> dict[str, Any]:
     """Keyword arguments of the public functions."""
     mod = None
