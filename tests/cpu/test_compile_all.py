@@ -4,10 +4,10 @@ NVRTC needs no GPU for this. What is collected compiles in the background, on al
 one result after the other. All of it takes some 15 minutes of one core; with --few-kernels all architectures but one
 compile one configuration per kernel, arithmetic and head dims.
 
-What has tiles on tensor cores, where every register counts, is compiled for each architecture that would choose it. The
-rest is compiled for the first of them and for the main one: what copies element by element; bfloat16, whose kernels
-are those of float16 but for one instruction; tf32, which is a part of tf32x3; and the tables of sm_89, which has
-those, and the instructions, of sm_86.
+What has tiles on tensor cores, where every register counts, is compiled for each architecture that would choose it; the
+rest, what copies element by element, and the tables of sm_89, which has those and the instructions of sm_86, for the
+first of them and for the main one. Portable kernels of bfloat16, which are those of float16 but for one instruction,
+and of tf32, which is a part of tf32x3, are compiled for their first architecture alone.
 """
 
 import os
@@ -41,6 +41,8 @@ MOD_ARCHS = (75, 86, 90)
 
 #: The architecture whose tables --few-kernels leaves whole.
 MAIN_ARCH = 90
+#: The first that has bfloat16 and tf32.
+FIRST_ARCH = 80
 
 
 def selection(arch: int, few_kernels: bool) -> list[configs.Config]:
@@ -63,8 +65,10 @@ def compilations(few_kernels: bool) -> Iterator[Compilation]:
     for arch in configs.ARCHS:
         for config in selection(arch, few_kernels):
             is_tight = isinstance(config, configs.TileConfig) and config.copy != "element"
-            is_alike = arch == 89 or getattr(config, "mma", None) in ("bf16", "tf32")
-            if (is_tight and not is_alike) or config not in seen or arch == MAIN_ARCH:
+            is_like_another = getattr(config, "mma", None) in ("bf16", "tf32") and not config.arch_specific
+            if is_like_another and arch != FIRST_ARCH:
+                continue
+            if (is_tight and arch != 89) or config not in seen or arch == MAIN_ARCH:
                 yield config, arch
             seen.add(config)
 
