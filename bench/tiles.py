@@ -182,10 +182,13 @@ class BackwardTiles(Tiles[BackwardWgmmaConfig]):
                 yield tile
 
     def is_supported(self, tile: BackwardWgmmaConfig) -> bool:
-        """Whether the kernel is made for this tile: d_q has shares for both warpgroups, by keys one for each."""
+        """Whether the kernel is made for this tile: d_q has shares for both warpgroups, by keys one for each.
+
+        And steps overlap from one tile of keys to the next, for which there has to be a place.
+        """
         shares = tile.dq_layout[0] // 4  # of 64 rows or columns
         # By role there is one order of products only.
-        return shares >= 2 and not tile.overlap if tile.by_role else shares == 2
+        return shares >= 2 and not tile.overlap if tile.by_role else shares == 2 and tile.kv_stages > tile.overlap
 
     def registers(self, tile: BackwardWgmmaConfig) -> int:
         # Float32, of 64 rows and 128 threads each: its shares of d_k and d_v, and of S and dP; by role of one of

@@ -1103,12 +1103,12 @@ def backward_mma_config(
     )
 
 
-# Hopper backward, by padded head dims: block_m, block_n, kv_stages, num_stages, overlap.
+# Hopper backward, by padded head dims: block_m, block_n, kv_stages, num_stages, overlap, which takes two kv_stages.
 _BACKWARD_WGMMA: dict[tuple[int, int], tuple[int, int, int, int, bool]] = {
     (32, 32): (128, 128, 2, 2, True),
     (64, 64): (128, 128, 2, 2, True),
     (96, 96): (96, 128, 1, 2, False),
-    (128, 128): (64, 128, 1, 2, True),
+    (128, 128): (64, 128, 2, 2, True),
     (192, 128): (64, 64, 1, 3, False),
     (192, 192): (64, 64, 1, 2, False),
     (256, 256): (48, 64, 1, 2, False),
@@ -1143,9 +1143,10 @@ def backward_wgmma_config(
         by_option = (*dims, score.bends, score.mask)
         tile = _BACKWARD_WGMMA_SCORES_BY_OPTION.get(by_option, _BACKWARD_WGMMA_SCORES[dims])
         return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
-    row = _BACKWARD_WGMMA[head_dim, head_dim_v]
-    gains = not deterministic or head_dim <= _OVERLAP_IN_ORDER
-    return BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *row[:4], row[4] and gains, deterministic)
+    *tile, kv_stages, num_stages, overlap = _BACKWARD_WGMMA[head_dim, head_dim_v]
+    if overlap and deterministic and head_dim > _OVERLAP_IN_ORDER:
+        kv_stages, overlap = 1, False
+    return BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *tile, kv_stages, num_stages, overlap, deterministic)
 
 
 def backward_companions(

@@ -72,8 +72,9 @@ def attention(
 
     .. math:: \text{lse}_i = \ln \sum_j e^{s_{ij}}, \qquad \text{out}_i = \sum_j e^{s_{ij} - \text{lse}_i} \, v_j.
 
-    A query that sees no key gets out 0 and LSE -inf, and whatever keys and values that nobody sees
-    hold (NaN included) reaches no result.
+    A query that sees no key gets out 0 and LSE -inf. What keys and values hold that `is_causal` or
+    `window` hides from every query (NaN included) reaches no result; what only `mask` hides has to
+    be finite.
 
     Parameters
     ----------

@@ -22,8 +22,9 @@
 //         transposed, some of its columns, and adds them to the workspace right from its registers.
 // Order   by keys: the tensor core computes dP beside P, dV beside dS, then dQ of the step before, dK, and, with
 //         `overlap`, S of the next step. dQ comes a step late so that warpgroups need not be in step, and one's products
-//         run beside the other's weights: each waits only for the others' dS of the step before. By role it is late for
-//         the same reason.
+//         run beside the other's weights: each waits only for the others' dS of the step before. With `overlap` that goes
+//         on across tiles: the last step of one leads S of the next one's first, which adds the last one's dQ. By role dQ
+//         is late for the same reason.
 //         Deterministic: blocks add to a tile of dQ in the order of their keys, the last keys first. Tiles are numbered in
 //         that order, too, so a block waits only for tiles that were claimed before its own, and somebody can always go on.
 // Source  Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3), section 3.
@@ -72,11 +73,11 @@ struct BackwardConsumer {
     }
 
     // ---- products; their groups are committed here ----
-    // A row of scores per key: 64 keys from row `row` on.
-    CUFLASH_DEVICE void issue_scores(Scores& s, Position of, int row) const {
+    // A row of scores per key: 64 keys from row `row` of `keys` on.
+    CUFLASH_DEVICE void issue_scores(Scores& s, Position of, u32 keys, int row) const {
         warpgroup_arrive();
         warpgroup_gemm_nt<kMma, TileK, TileQ, cfg.head_dim / 16>(
-            s[0], MatrixDescriptor<TileK>(steps.k(tile) + row * TileK::kSlabBytes), MatrixDescriptor<TileQ>(steps.q(of)));
+            s[0], MatrixDescriptor<TileK>(keys + row * TileK::kSlabBytes), MatrixDescriptor<TileQ>(steps.q(of)));
         warpgroup_commit();
     }
     CUFLASH_DEVICE void issue_dp(Scores& dp, int row) const {
@@ -94,17 +95,17 @@ struct BackwardConsumer {
         warpgroup_commit();
     }
     // 64 rows of dQ or, transposed, 64 columns: the share of this number.
-    CUFLASH_DEVICE void issue_dq(float (&dq)[kNDQ][4], Position of, int share) const {
+    CUFLASH_DEVICE void issue_dq(float (&dq)[kNDQ][4], Position of, u32 keys, int share) const {
         constexpr int kKeySteps = cfg.block_n / 16;
         warpgroup_arrive();
         if constexpr (cfg.dq_transposed()) {
             warpgroup_gemm_tt<kMma, TileK, TileDS, kKeySteps>(
-                dq, MatrixDescriptor<TileK>(steps.k(tile) + share * TileK::kSlabStride),
+                dq, MatrixDescriptor<TileK>(keys + share * TileK::kSlabStride),
                 MatrixDescriptor<TileDS>(steps.ds(of)));
         } else {
             warpgroup_gemm_nn<kMma, TileDS, TileK, kKeySteps>(
                 dq, MatrixDescriptor<TileDS>(steps.ds(of) + share * (64 * TileDS::kSlabBytes)),
-                MatrixDescriptor<TileK>(steps.k(tile)));
+                MatrixDescriptor<TileK>(keys));
         }
         warpgroup_commit();
     }
@@ -348,23 +349,41 @@ struct BackwardConsumer {
 
     // All of this warp's dQ of a step, `share` by share.
     CUFLASH_DEVICE void add_dq(float (&dq)[kNDQ][4], Position of, int share) const {
-        steps.add_dq(dq, steps.dq_target(steps.dq_tile(of), 4 * share + warp, lane), 4 * share + warp);
+        steps.template add_dq<0, kNDQ>(dq, steps.dq_target(steps.dq_tile(of), 4 * share + warp, lane), 4 * share + warp);
     }
 
     // ---- every warpgroup has 64 keys ----
+    // With `overlap` there are places for two tiles of keys, and the steps of one tile follow those of the other without a
+    // pause: S of a tile's first step is computed beside dK of the last step before, whose dQ comes with that first step.
+    static constexpr bool kStreams = cfg.overlap;
+    static_assert(!kStreams || cfg.kv_stages == 2, "the next tile of keys has to be there before the last one is done with");
+    // Accumulators [kBegin, kEnd) of dQ of a step, of which these are the first, or the last, or neither.
+    template <int kBegin, int kEnd>
+    CUFLASH_DEVICE void add_dq_of(Position of, float (&dq)[kNDQ][4], float* target, int dq_warp) const {
+        if constexpr (kBegin == kEnd) return;
+        if constexpr (kBegin == 0) steps.await_turn(of);
+        steps.template add_dq<kBegin, kEnd>(dq, target, dq_warp);
+        if constexpr (kEnd == kNDQ) steps.finish_turn(lane);
+    }
+    // Where the statements of a step stand is measured: ptxas orders products by what stands between them.
     CUFLASH_DEVICE void by_keys() {
         float dk[1][cfg.head_dim / 8][4], dv[1][cfg.head_dim_v / 8][4];
         int const first_row = 64 * consumer;
         int const row = first_row + 16 * warp;
         int const dq_warp = 4 * consumer + warp;
+        // So much of dQ is added before S of the next step is issued, and the rest behind it. In a fixed order it is behind
+        // S that a warp waits for its turn. And there, and for wide heads, what the next step needs is awaited later.
+        constexpr int kEarly = !kStreams ? kNDQ : cfg.deterministic ? 0 : kFetchAhead ? 3 * kNDQ / 4 : kNDQ;
+        constexpr bool kAwaitsLate = cfg.deterministic || kFetchAhead;
 
         Scores next_s;
         Numbers lse, delta;
         // What is fetched of a step's note, and of the one before.
         u32 flags;
         int dq_tile = 0, last_dq_tile;
-        auto begin = [&](Scores& s, Position of) {
-            issue_scores(s, of, first_row);
+        // Whether the step before has left S of the next one, of this tile or the next, and its own dQ.
+        bool goes_on = false;
+        auto fetch_note = [&](Position of) {
             last_dq_tile = dq_tile;
             if constexpr (kFetchAhead) {
                 uint4 const note = ld_shared_v4(steps.note(of));
@@ -377,65 +396,85 @@ struct BackwardConsumer {
 
         auto step = [&] {
             Scores here, dp;
-            Scores& s = cfg.overlap ? next_s : here;
-            if constexpr (!cfg.overlap) {
+            Scores& s = kStreams ? next_s : here;
+            if constexpr (!kStreams) {
                 steps.await_q(at);
-                begin(s, at);
+                issue_scores(s, at, steps.k(tile), first_row);
+                fetch_note(at);
             }
             steps.await_d_out(at);
             issue_dp(dp, first_row);
 
             // P beside dP, and dS beside dV
-            if constexpr (!cfg.overlap) {
+            if constexpr (!kStreams) {
                 warpgroup_wait<1>();
                 warpgroup_pin(s[0]);
             }
             Weights p, ds;
             to_weights(p, s, lse, row, is_masked);
-            if constexpr (kFetchAhead) delta.fetch(steps.delta(at), lane);
+            if constexpr (!kStreams) delta.fetch(steps.delta(at), lane);
             issue_sum<TileDO>(dv[0], p, steps.d_out(at));
-            if constexpr (!kFetchAhead) {
-                delta.fetch(steps.delta(at), lane);
-                flags = steps.flags(at);
-            }
+            if constexpr (!kFetchAhead) flags = steps.flags(at);
             bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
-            Position const next = last ? at : at + 1;
-            // Looked for here, and waited for later.
-            bool const has_q = cfg.overlap && !kFetchAhead && mbarrier_test(steps.q_full(next), next.parity());
+            bool const joins = kStreams && first && goes_on;  // the steps of the tile before
+            bool const has_before = !first || joins;
+            // Q of the next step is looked for here, and waited for later.
+            bool has_q = false;
+            auto look_for_q = [&] { has_q = mbarrier_test(steps.q_full(at + 1), (at + 1).parity()); };
+            if constexpr (kStreams && !kAwaitsLate) look_for_q();
+            if (kStreams && has_before) steps.await_ds(at + -1);
             warpgroup_wait<1>();
             warpgroup_pin(dp[0]);
+            if constexpr (kStreams) delta.fetch(steps.delta(at), lane);
             to_d_scores(ds, dp, p, delta);
+            if (!kStreams && has_before) steps.await_ds(at + -1);
+            if constexpr (kStreams && kAwaitsLate) look_for_q();
 
-            // dQ of the step before, and dK. The first step has none before it. It computes something all the same: with a
-            // branch around products the compiler would lose track of them.
-            if (!first) steps.await_ds(at + -1);
-            // This place was read by dQ of two steps ago. Everyone had seen the end of that before dS of the last step.
+            // dQ of the step before, and dK. The first step of all has none before it. It computes something all the same:
+            // with a branch around products the compiler would lose track of them.
+            // dS takes the place that was read by dQ of two steps ago. Everyone had seen the end of that before dS of the
+            // last step.
             store_ds(ds, row);
             float dq[kNDQ][4];
-            issue_dq(dq, at + -1, consumer);
+            issue_dq(dq, at + -1, steps.k(joins ? tile + -1 : tile), consumer);
             issue_sum<TileQ>(dk[0], ds, steps.q(at));
-            if (cfg.overlap && !last && !has_q) steps.await_q(next);
-            float* dq_target = nullptr;
-            if constexpr (kFetchAhead) dq_target = steps.dq_target(last_dq_tile, dq_warp, lane);
+            auto await_next = [&] {
+                goes_on = !last;
+                // The place of the next tile is that of the one before, which a tile of one step is not done with yet.
+                if (last && !first) {
+                    mbarrier_wait(steps.k_full(tile + 1), (tile + 1).parity());
+                    goes_on = steps.work(tile + 1).num_steps() > 0;
+                }
+                if (goes_on && !has_q) steps.await_q(at + 1);
+            };
+            if constexpr (kStreams && !kAwaitsLate) await_next();
+            float* dq_target;
+            auto find_target = [&] {
+                dq_target = steps.dq_target(kFetchAhead ? last_dq_tile : steps.dq_tile(at + -1), dq_warp, lane);
+            };
+            if constexpr (!kStreams) find_target();
             warpgroup_wait<1>();
             warpgroup_pin(dq);
+            if constexpr (kStreams) find_target();
             publish_ds();
-            if (!first) {
-                if constexpr (!kFetchAhead) dq_target = steps.dq_target(steps.dq_tile(at + -1), dq_warp, lane);
-                steps.await_turn(at + -1);
-                steps.add_dq(dq, dq_target, dq_warp);
-                steps.finish_turn(lane);
+            if (has_before) {
+                if (joins) release(steps.kv_empty(tile + -1));
+                add_dq_of<0, kEarly>(at + -1, dq, dq_target, dq_warp);
             }
 
-            // S of the next step. After the last one it is this step's once more, for nothing, as a branch around products
-            // would cost more; then Q is not to be released before.
-            if constexpr (cfg.overlap) {
-                begin(s, next);
+            if constexpr (kStreams) {
+                if constexpr (kAwaitsLate) await_next();
+                // Where the stream ends it is S of this step once more, for nothing, as a branch around products would cost
+                // more; then Q is not to be released before.
+                Position const next = goes_on ? at + 1 : at;
+                issue_scores(s, next, steps.k(last && goes_on ? tile + 1 : tile), first_row);
+                if (has_before) add_dq_of<kEarly, kNDQ>(at + -1, dq, dq_target, dq_warp);
                 warpgroup_wait<1>();
-                if (!last) release(steps.empty(at));
+                if (goes_on) release(steps.empty(at));
+                fetch_note(next);
                 warpgroup_wait<0>();
                 warpgroup_pin(s[0]);
-                if (last) release(steps.empty(at));
+                if (!goes_on) release(steps.empty(at));
             } else {
                 warpgroup_wait<0>();
                 release(steps.empty(at));
@@ -448,24 +487,25 @@ struct BackwardConsumer {
             set_zero(dk);
             set_zero(dv);
             if (any) {
-                if constexpr (cfg.overlap) {
+                if (kStreams && !goes_on) {
                     steps.await_q(at);
-                    begin(next_s, at);
+                    issue_scores(next_s, at, steps.k(tile), first_row);
+                    fetch_note(at);
                     warpgroup_wait<0>();
                     warpgroup_pin(next_s[0]);
                 }
 #pragma unroll 1
                 while (step()) {
                 }
-                float dq[kNDQ][4];
-                steps.await_ds(at + -1);
-                issue_dq(dq, at + -1, consumer);
-                warpgroup_wait<0>();
-                warpgroup_pin(dq);
-                release(steps.kv_empty(tile));
-                steps.await_turn(at + -1);
-                add_dq(dq, at + -1, consumer);
-                steps.finish_turn(lane);
+                if (!goes_on) {
+                    float dq[kNDQ][4];
+                    steps.await_ds(at + -1);
+                    issue_dq(dq, at + -1, steps.k(tile), consumer);
+                    warpgroup_wait<0>();
+                    warpgroup_pin(dq);
+                    release(steps.kv_empty(tile));
+                    add_dq_of<0, kNDQ>(at + -1, dq, steps.dq_target(steps.dq_tile(at + -1), dq_warp, lane), dq_warp);
+                }
             }
             warpgroup_pin(dk[0]);
             warpgroup_pin(dv[0]);
@@ -489,7 +529,7 @@ struct BackwardConsumer {
         }
 #pragma unroll
         for (int share = kFirst + 1; share < kLast; ++share) {
-            issue_dq(dq, of, share);
+            issue_dq(dq, of, steps.k(tile), share);
             warpgroup_wait<0>();
             warpgroup_pin(dq);
             if (!ignored) add_dq(dq, of, share);
@@ -506,7 +546,7 @@ struct BackwardConsumer {
             float dq[kNDQ][4];
 #pragma unroll
             for (int share = kFirst; share < kLast; ++share) {
-                issue_dq(dq, at + -1, share);
+                issue_dq(dq, at + -1, steps.k(tile), share);
                 warpgroup_wait<0>();
                 warpgroup_pin(dq);
                 add_dq(dq, at + -1, share);
@@ -541,14 +581,14 @@ struct BackwardConsumer {
         auto step = [&] {
             Scores s;
             steps.await_q(at);
-            issue_scores(s, at, 0);
+            issue_scores(s, at, steps.k(tile), 0);
             Fetched fetched;
             if constexpr (cfg.score.changes()) fetch(fetched);
             u32 const flags = steps.flags(at);
             bool const first = flags & Steps::kFirst, last = flags & Steps::kLast;
             if (!first) steps.await_ds(at + -1);
             float dq[kNDQ][4];
-            issue_dq(dq, at + -1, 0);
+            issue_dq(dq, at + -1, steps.k(tile), 0);
             warpgroup_wait<1>();
             warpgroup_pin(s[0]);
             Weights p, slope;
@@ -596,7 +636,7 @@ struct BackwardConsumer {
             if (!first) steps.await_ds(at + -1);
             float dq[kNDQ][4];
             if constexpr (kOthers < kShares) {
-                issue_dq(dq, at + -1, kOthers);
+                issue_dq(dq, at + -1, steps.k(tile), kOthers);
                 warpgroup_wait<1>();
             } else {
                 warpgroup_wait<0>();

@@ -11,8 +11,9 @@
 // Who     warpgroup 0 produces: one thread orders boxes of Q, K and V into shared memory (or, where rows are not aligned,
 //         all 128 threads copy elements). Each other warpgroup consumes: it owns 64 query rows and keeps S, P and O
 //         in registers, of which the producer gives it most of its own.
-// Pipes   Q, K and V each have a ring of places, with two barriers per place: `full` (the bytes have arrived) and
-//         `empty` (every consumer warp is done with them). With each tile of Q comes a note that says which one it is.
+// Pipes   Q, K and V each have a ring of places, and so have tiles of a bias that is loaded by boxes, with two barriers per
+//         place: `full` (the bytes have arrived) and `empty` (every consumer warp is done with them). With each tile of Q
+//         comes a note that says which one it is.
 // Order   keys run from the last block to the first. The tensor core gets S of a block together with P V of the block
 //         before, and while P V runs the warpgroup computes the softmax of S; the first S of a tile goes with the
 //         last P V of the tile before (with two places for Q). With ping_pong warpgroups take turns to issue products,

@@ -302,12 +302,13 @@ struct BackwardSteps {
     CUFLASH_DEVICE float* dq_target(i64 dq_tile, int warp, int lane) const {
         return reinterpret_cast<float*>(params.dq_accum) + dq_tile * Accum::kElems + Accum::lane_offset(warp, lane);
     }
-    template <int kN>
+    // Accumulators [kBegin, kEnd).
+    template <int kBegin, int kEnd, int kN>
     CUFLASH_DEVICE void add_dq(float (&dq)[kN][4], float* target, int warp) const {
         static_assert(Accum::kM == 1 && Accum::kN == kN, "a warp holds 16 rows of accumulators");
         if (cfg.dq_transposed() && Accum::row(warp) >= cfg.head_dim) return;
 #pragma unroll
-        for (int n = 0; n < kN; ++n) reduce_add<4>(target + Accum::offset(0, n, 0), dq[n]);
+        for (int n = kBegin; n < kEnd; ++n) reduce_add<4>(target + Accum::offset(0, n, 0), dq[n]);
     }
 
     // ---- a fixed order in which blocks add to a tile of dQ ----

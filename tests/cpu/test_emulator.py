@@ -594,6 +594,7 @@ class Bug:
     old: str
     new: str
     found: str
+    case: Case = Case(num_heads=2, num_heads_kv=1, seqlen_q=300, seqlen_k=400)
 
 
 FORWARD, BY_ELEMENT = (configs.forward_wgmma_configs("f16", 64, 64, aligned)[-2][0] for aligned in (True, False))
@@ -615,13 +616,18 @@ BUGS = (
         "(barrier, Tile::kBytes + 128)", "(?s)deadlock.* arrivals and 128 bytes"),
     Bug("a fence is left out", BY_ELEMENT, "forward_wgmma.cuh", "row_bytes, thread);\n                proxy_fence();",
         "row_bytes, thread);", "without a proxy_fence since"),
-    Bug("dS of others is not awaited", BACKWARD, "backward_wgmma.cuh", "if (!first) steps.await_ds(at + -1);", "",
+    Bug("dS of others is not awaited", BACKWARD, "backward_wgmma.cuh", "if (has_before) steps.await_ds(at + -1);", "",
         f"{OVERWRITTEN}|without a proxy_fence since"),
     Bug("a turn is not passed on", IN_TURN, "attention/backward_steps.cuh",
         "store_release(semaphore, turn_here + 1);", "", "(?s)deadlock.* wait for semaphore"),
     Bug("Q is released before its last product", BACKWARD, "backward_wgmma.cuh",
-        "if (!last) release(steps.empty(at));", "release(steps.empty(at));",
-        f"{OVERWRITTEN}|deadlock"),  # it is released twice, which upsets the barrier as well
+        "warpgroup_wait<1>();\n                if (goes_on) release(steps.empty(at));",
+        "if (goes_on) release(steps.empty(at));\n                warpgroup_wait<1>();", OVERWRITTEN),
+    Bug("keys are released with their last dQ to come", BACKWARD, "backward_wgmma.cuh",
+        "if (joins) release(steps.kv_empty(tile + -1));", "if (joins) release(steps.kv_empty(tile));",
+        f"{OVERWRITTEN}|copy is on its way|deadlock"),
+    Bug("a tile of one step waits for the next one", BACKWARD, "backward_wgmma.cuh", "if (last && !first) {",
+        "if (last) {", "(?s)deadlock", Case(num_heads=2, num_heads_kv=2, seqlen_q=100, seqlen_k=1200)),
 )  # fmt: skip
 
 
@@ -641,6 +647,5 @@ def test_bug_is_found(bug: Bug, objects: list[Path], tmp_path: Path, monkeypatch
     """Kernels that are right do not show what the emulator would say of others."""
     device = Device(tmp_path, Programs(tmp_path, objects, [(bug.header, bug.old, bug.new)]))
     device.install(monkeypatch)
-    case = Case(num_heads=2, num_heads_kv=1, seqlen_q=300, seqlen_k=400)
     with pytest.raises(KernelError, match=bug.found):
-        check(Run(bug.config, case), device, range(8))
+        check(Run(bug.config, bug.case), device, range(8))
