@@ -616,7 +616,7 @@ BUGS = (
         "(barrier, Tile::kBytes + 128)", "(?s)deadlock.* arrivals and 128 bytes"),
     Bug("a fence is left out", BY_ELEMENT, "forward_wgmma.cuh", "row_bytes, thread);\n                proxy_fence();",
         "row_bytes, thread);", "without a proxy_fence since"),
-    Bug("dS of others is not awaited", BACKWARD, "backward_wgmma.cuh", "if (has_before) steps.await_ds(at + -1);", "",
+    Bug("dS of others is not awaited", BACKWARD, "backward_wgmma.cuh", "if (kStreams && has_before) steps.await_ds(at + -1);", "",
         f"{OVERWRITTEN}|without a proxy_fence since"),
     Bug("a turn is not passed on", IN_TURN, "attention/backward_steps.cuh",
         "store_release(semaphore, turn_here + 1);", "", "(?s)deadlock.* wait for semaphore"),
