@@ -584,6 +584,9 @@ def check_weights(
             yardstick.assert_weights(found, lse, call.rows)
 
 
+SEVERAL_STEPS = Case(num_heads=2, num_heads_kv=1, seqlen_q=300, seqlen_k=400)
+
+
 @dataclass(frozen=True)
 class Bug:
     """Something wrong in a kernel, and what the emulator says of it."""
@@ -594,7 +597,7 @@ class Bug:
     old: str
     new: str
     found: str
-    case: Case = Case(num_heads=2, num_heads_kv=1, seqlen_q=300, seqlen_k=400)
+    case: Case = SEVERAL_STEPS
 
 
 FORWARD, BY_ELEMENT = (configs.forward_wgmma_configs("f16", 64, 64, aligned)[-2][0] for aligned in (True, False))
@@ -616,8 +619,8 @@ BUGS = (
         "(barrier, Tile::kBytes + 128)", "(?s)deadlock.* arrivals and 128 bytes"),
     Bug("a fence is left out", BY_ELEMENT, "forward_wgmma.cuh", "row_bytes, thread);\n                proxy_fence();",
         "row_bytes, thread);", "without a proxy_fence since"),
-    Bug("dS of others is not awaited", BACKWARD, "backward_wgmma.cuh", "if (kStreams && has_before) steps.await_ds(at + -1);", "",
-        f"{OVERWRITTEN}|without a proxy_fence since"),
+    Bug("dS of others is not awaited", BACKWARD, "backward_wgmma.cuh",
+        "if (kStreams && has_before) steps.await_ds(at + -1);", "", f"{OVERWRITTEN}|without a proxy_fence since"),
     Bug("a turn is not passed on", IN_TURN, "attention/backward_steps.cuh",
         "store_release(semaphore, turn_here + 1);", "", "(?s)deadlock.* wait for semaphore"),
     Bug("Q is released before its last product", BACKWARD, "backward_wgmma.cuh",
