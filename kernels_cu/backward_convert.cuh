@@ -37,10 +37,30 @@ CUFLASH_DEVICE void backward_convert(BackwardParams const& params, u32 smem) {
     int const warp = thread / 32;
     int const q_begin = m_block * cfg.block_m;
 
-    // ---- load ----
+    // ---- load: all of it is under way before anything is waited for ----
     float const* const source =
         reinterpret_cast<float const*>(params.dq_accum) + static_cast<i64>(tile) * Accum::kElems +
         Accum::lane_offset(warp, lane);
+    float sums[Accum::kM][Accum::kN][4];
+#pragma unroll
+    for (int m = 0; m < Accum::kM; ++m)
+#pragma unroll
+        for (int n = 0; n < Accum::kN; ++n) {
+            if constexpr (cfg.reduce_width == 4) {
+                float4 const x = __ldg(reinterpret_cast<float4 const*>(source + Accum::offset(m, n, 0)));
+                sums[m][n][0] = x.x;
+                sums[m][n][1] = x.y;
+                sums[m][n][2] = x.z;
+                sums[m][n][3] = x.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    sums[m][n][i] =
+                        __ldg(source + i % cfg.reduce_width + Accum::offset(m, n, i / cfg.reduce_width));
+            }
+        }
+
+    // ---- rows ----
     float const scale = static_cast<float>(params.scale);
 #pragma unroll
     for (int m = 0; m < Accum::kM; ++m)
@@ -48,20 +68,9 @@ CUFLASH_DEVICE void backward_convert(BackwardParams const& params, u32 smem) {
         for (int n = 0; n < Accum::kN; n += 2) {
             float block[1][2][4];
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                if constexpr (cfg.reduce_width == 4) {
-                    float4 const x = __ldg(reinterpret_cast<float4 const*>(source + Accum::offset(m, n + j, 0)));
-                    block[0][j][0] = scale * x.x;
-                    block[0][j][1] = scale * x.y;
-                    block[0][j][2] = scale * x.z;
-                    block[0][j][3] = scale * x.w;
-                } else {
+            for (int j = 0; j < 2; ++j)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        block[0][j][i] = scale * __ldg(source + i % cfg.reduce_width +
-                                                       Accum::offset(m, n + j, i / cfg.reduce_width));
-                }
-            }
+                for (int i = 0; i < 4; ++i) block[0][j][i] = scale * sums[m][n + j][i];
             if constexpr (cfg.transposed) {
                 if (Accum::row(warp) < TileDQ::kCols) acc_to_smem_trans<cfg.mma, TileDQ>(smem, block[0], 8 * n, Accum::row(warp), lane);
             } else {

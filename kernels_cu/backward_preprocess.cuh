@@ -50,7 +50,9 @@ CUFLASH_DEVICE void backward_preprocess(BackwardParams const& params, u32 /*smem
     constexpr int kThreads = cfg.threads();
     constexpr int kRowChunks = cfg.head_dim_v * kElemBytes / 16;
     constexpr int kLanes = kRowChunks > 16 ? 32 : kRowChunks > 8 ? 16 : kRowChunks > 4 ? 8 : 4;  // per row
+    constexpr int kChunks = (kRowChunks + kLanes - 1) / kLanes;                                  // of each lane
     constexpr int kRows = kThreads / kLanes;                                                     // at a time
+    constexpr int kParts = (cfg.block_m + kRows - 1) / kRows;
 
     // ---- coordinates ----
     Shape const& shape = params.shape;
@@ -65,47 +67,55 @@ CUFLASH_DEVICE void backward_preprocess(BackwardParams const& params, u32 /*smem
     int const v_bytes = shape.head_dim_v * kElemBytes;
     i64 const tile = tile_index;
 
-    // ---- rows ----
+    // ---- load: all of it is under way before anything is waited for ----
+    uint4 d_out[kParts][kChunks], out[kParts][kChunks];
+    float lse[kParts], d_lse[kParts];
 #pragma unroll
-    for (int first = 0; first < cfg.block_m; first += kRows) {
-        int const row = first + thread / kLanes;
+    for (int part = 0; part < kParts; ++part) {
+        int const row = part * kRows + thread / kLanes;
         int const q_idx = q_begin + row;
         bool const exists = row < cfg.block_m && q_idx < shape.seqlen_q;
-        float sum = 0.f;
-        if (exists) {
-            char const* const d_out = params.d_out.at(batch, head, q_idx);
-            char const* const out = params.out.at(batch, head, q_idx);
+        int const bytes = exists ? v_bytes : 0;
+        char const* const d_out_row = params.d_out.at(batch, head, q_idx);
+        char const* const out_row = params.out.at(batch, head, q_idx);
 #pragma unroll
-            for (int chunk = thread % kLanes; chunk < kRowChunks; chunk += kLanes) {
-                uint4 const x = load_chunk<kElemBytes, cfg.copy>(d_out, chunk, v_bytes);
-                uint4 const y = load_chunk<kElemBytes, cfg.copy>(out, chunk, v_bytes);
-                sum += dot_word<cfg.mma>(x.x, y.x) + dot_word<cfg.mma>(x.y, y.y) + dot_word<cfg.mma>(x.z, y.z) +
-                       dot_word<cfg.mma>(x.w, y.w);
-            }
+        for (int i = 0; i < kChunks; ++i) {
+            int const chunk = thread % kLanes + i * kLanes;
+            d_out[part][i] = load_chunk<kElemBytes, cfg.copy>(d_out_row, chunk, bytes);
+            out[part][i] = load_chunk<kElemBytes, cfg.copy>(out_row, chunk, bytes);
         }
-#pragma unroll
-        for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        if (thread % kLanes == 0 && row < cfg.block_m) {
-            float lse_log2 = infinity(), delta = 0.f;
-            if (exists) {
-                i64 const index = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q + q_idx;
-                float const lse = reinterpret_cast<float const*>(params.lse)[index];
-                if (lse != -infinity()) {
-                    lse_log2 = lse * kLog2E;
-                    delta = sum;
-                    if (params.d_lse != nullptr) delta -= reinterpret_cast<float const*>(params.d_lse)[index];
-                }
-            }
-            reinterpret_cast<float*>(params.lse_log2)[tile * cfg.block_m + row] = lse_log2;
-            reinterpret_cast<float*>(params.delta)[tile * cfg.block_m + row] = delta;
-        }
+        i64 const index = (static_cast<i64>(batch) * shape.num_heads + head) * shape.seqlen_q + q_idx;
+        lse[part] = exists ? __ldg(reinterpret_cast<float const*>(params.lse) + index) : -infinity();
+        d_lse[part] = exists && params.d_lse != nullptr ? __ldg(reinterpret_cast<float const*>(params.d_lse) + index) : 0.f;
     }
 
     // ---- zeros ----
     constexpr int kAccumChunks = cfg.block_m * cfg.dq_columns / 4;
     uint4* const dq_accum = reinterpret_cast<uint4*>(params.dq_accum) + tile * kAccumChunks;
-    for (int i = thread; i < kAccumChunks; i += kThreads) dq_accum[i] = uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int first = 0; first < kAccumChunks; first += kThreads)
+        if (first + thread < kAccumChunks) dq_accum[first + thread] = uint4{0, 0, 0, 0};
     if (tile == 0)
         for (int i = thread; i < params.num_counters; i += kThreads) reinterpret_cast<int*>(params.counters)[i] = 0;
     if (thread < cfg.semaphores) reinterpret_cast<int*>(params.semaphore)[tile * cfg.semaphores + thread] = 0;
+
+    // ---- rows ----
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+            uint4 const x = d_out[part][i], y = out[part][i];
+            sum += dot_word<cfg.mma>(x.x, y.x) + dot_word<cfg.mma>(x.y, y.y) + dot_word<cfg.mma>(x.z, y.z) +
+                   dot_word<cfg.mma>(x.w, y.w);
+        }
+#pragma unroll
+        for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        int const row = part * kRows + thread / kLanes;
+        if (thread % kLanes == 0 && row < cfg.block_m) {
+            bool const sees = lse[part] != -infinity();
+            reinterpret_cast<float*>(params.lse_log2)[tile * cfg.block_m + row] = sees ? lse[part] * kLog2E : infinity();
+            reinterpret_cast<float*>(params.delta)[tile * cfg.block_m + row] = sees ? sum - d_lse[part] : 0.f;
+        }
+    }
 }
