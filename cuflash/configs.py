@@ -1143,10 +1143,12 @@ def backward_wgmma_config(
         by_option = (*dims, score.bends, score.mask)
         tile = _BACKWARD_WGMMA_SCORES_BY_OPTION.get(by_option, _BACKWARD_WGMMA_SCORES[dims])
         return BackwardWgmmaConfig(mma, "tma", *dims, *tile, deterministic=deterministic, score=score)
-    *tile, kv_stages, num_stages, overlap = _BACKWARD_WGMMA[head_dim, head_dim_v]
+    block_m, block_n, kv_stages, num_stages, overlap = _BACKWARD_WGMMA[head_dim, head_dim_v]
     if overlap and deterministic and head_dim > _OVERLAP_IN_ORDER:
         kv_stages, overlap = 1, False
-    return BackwardWgmmaConfig(mma, "tma", head_dim, head_dim_v, *tile, kv_stages, num_stages, overlap, deterministic)
+    return BackwardWgmmaConfig(
+        mma, "tma", head_dim, head_dim_v, block_m, block_n, kv_stages, num_stages, overlap, deterministic
+    )
 
 
 def backward_companions(
