@@ -389,8 +389,8 @@ class BackwardWgmmaConfig(TileConfig):
         # dS twice, and P where others need it, with the derivative of the scores if there is one.
         elems += (2 + (1 + self.score.bends) * self.by_role) * self.block_m * self.block_n
         stats = 2 * self.num_stages * ceil_div(self.block_m * 4, 128) * 128
-        barriers = 5 + 3 * self.kv_stages + 3 * self.num_stages
-        return 2 * elems + stats + 32 * self.num_stages + 4 * 48 + 16 + 8 * barriers
+        barriers = 5 + 4 * self.kv_stages + 3 * self.num_stages
+        return 2 * elems + stats + 1024 + 32 * self.num_stages + 4 * 48 + 16 + 8 * barriers
 
     @property
     def name(self) -> str:

@@ -398,6 +398,7 @@ class BackwardCall:
             params.fill_operand(block, name, strides, ITEMSIZE[problem.dtype])
         params.fill_shape(block, problem)
         block["rows"], block["num_counters"] = layout.rows, layout.num_counters
+        block["num_emptied"] = layout.num_emptied
         block["num_batches"] = problem.batch
         block["scale"], block["scale_log2"] = problem.scale, problem.scale * params.LOG2_E
         params.fill_score(block, problem, extras, itemsizes)
@@ -412,6 +413,7 @@ class BackwardCall:
         if isinstance(main, configs.BackwardWgmmaConfig):
             block["order"] = dataclasses.astuple(self.plans[1].order)  # type: ignore[arg-type]
             block["tail"] = dataclasses.astuple(self.plans[1].tail)  # type: ignore[arg-type]
+            block["sections_ahead"] = self.plans[1].sections_ahead
             maps = _backward_maps(problem, main, d_out, q, k, v)
         of_score = (
             *(f"score.{name}" for name in (*Extras._fields, "seed", "seed_at", "first_batch")),

@@ -58,6 +58,7 @@ _BACKWARD = [
     ("shape", _SHAPE),
     ("rows", "i4"),
     ("num_counters", "i4"),
+    ("num_emptied", "i4"),
     ("scale_log2", "f4"),
     ("num_batches", "i4"),
     ("scale", "f8"),
@@ -123,6 +124,7 @@ PARAMS = {
             *((name, _MAP) for name in ("d_out_map", "q_map", "k_map", "v_map")),
             ("order", _TILE_ORDER),
             ("tail", _TILE_PARTS),
+            ("sections_ahead", "i4"),
         ]
     ),
 }

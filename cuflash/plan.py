@@ -66,6 +66,8 @@ class Workspace:
     total: int
     delta: int = 0
     num_counters: int = 0
+    #: Tiles of dq_accum that the first launch empties, that is fills with zeros.
+    num_emptied: int = 0
 
     @classmethod
     def of(
@@ -77,8 +79,12 @@ class Workspace:
         semaphores: int,
         num_counters: int = 0,
         part_floats: int = 0,
+        heads_emptied: int | None = None,
     ) -> Workspace:
-        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and the tail."""
+        """Parts for rows in tiles of `block_m`, float32 or float64 sums, semaphores per tile, and the tail.
+
+        The first launch empties what belongs to the first `heads_emptied` heads, or, if that is None, to all.
+        """
         rows = ceil_div(problem.seqlen_q, block_m) * block_m
         heads = problem.batch * problem.num_heads
         tiles = heads * rows // block_m
@@ -88,7 +94,10 @@ class Workspace:
         for size in sizes:
             ends.append(ends[-1] + ceil_div(size, 256) * 256)
         lse_log2, dq_accum, semaphore, counters, parts, total = ends[1:]
-        return cls(rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters)
+        emptied = tiles if heads_emptied is None else min(tiles, heads_emptied * rows // block_m)
+        return cls(
+            rows, lse_log2, dq_accum, semaphore, counters, parts, total, num_counters=num_counters, num_emptied=emptied
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,11 @@ class TileOrder:
     num_heads: int
     section: int
     pack: int = 1
+
+    @property
+    def num_sections(self) -> int:
+        """That all heads make up; none where they have no tiles."""
+        return ceil_div(self.num_tiles, self.section * self.num_blocks) if self.num_tiles else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +142,8 @@ _TILE_COST = 0.75
 _CACHE_BYTES = 40 << 20
 #: Bytes of the heads that the backward works on together, and if d_q is summed in a fixed order.
 _SECTION_BYTES, _SECTION_BYTES_IN_ORDER = 12 << 20, 32 << 20
+#: Tiles that each block takes after those that empty a part of the workspace and before those that use it.
+_WAVES_AHEAD = 2
 #: Steps of the shortest part of a tile, and what a part costs beside them.
 _PART_STEPS, _PART_COST = 4, 4
 #: Tiles that are enough to see how evenly an order spreads them.
@@ -176,6 +192,14 @@ def _backward_tail(problem: Problem, config: configs.BackwardWgmmaConfig, num_ti
     if left == 0 or not problem.band.is_open or config.deterministic or has_slopes or config.listed or not is_worth_it:
         return TileParts(num_tiles)
     return TileParts(num_tiles - left, tile_steps, left * tile_steps, part_steps)
+
+
+def _sections_ahead(order: TileOrder, grid: int) -> int:
+    """So many sections after its own a tile of keys empties the workspace, long before blocks come there.
+
+    That of the first sections is left to the first launch.
+    """
+    return min(ceil_div(_WAVES_AHEAD * grid, max(order.section * order.num_blocks, 1)), order.num_sections)
 
 
 def _blocks(ranges: Iterable[tuple[int, int]], size: int) -> np.ndarray:
@@ -293,6 +317,8 @@ class Plan:
     #: What the launch reads of a mask, and the launch that makes it, which others that read the same need not repeat.
     mask_blocks: MaskBlocks | None = None
     before: Plan | None = None
+    #: Tiles of keys empty what the workspace has for the heads of so many sections later.
+    sections_ahead: int = 0
 
     @property
     def kernel(self) -> str:
@@ -474,11 +500,19 @@ def plans_around(
         order = _backward_order(p, main)
         tail = _backward_tail(p, main, order.num_tiles, device.num_sms)
         gather = configs.backward_gather_config(main)
-        part_floats = tail.places * gather.place_elems
-        workspace = Workspace.of(p, *sizes, num_counters=1, part_floats=part_floats)
         # A thread block per multiprocessor, or per tile if there are fewer and they stay whole.
         grid = device.num_sms if tail.num_tiles else min(order.num_tiles, device.num_sms)
-        middle = [Plan(main, grid, workspace, order, tail, made, before)]
+        ahead = _sections_ahead(order, grid)
+        # Parts of a tile do not empty anything.
+        assert (order.num_sections - ahead) * order.section * order.num_blocks <= tail.first_tile
+        workspace = Workspace.of(
+            p,
+            *sizes,
+            num_counters=1 + order.num_sections,
+            part_floats=tail.places * gather.place_elems,
+            heads_emptied=None if ahead == order.num_sections else ahead * order.section * p.group_size,
+        )
+        middle = [Plan(main, grid, workspace, order, tail, made, before, sections_ahead=ahead)]
         if tail.num_tiles:
             middle.append(Plan(gather, tail.num_tiles * gather.main_warps, workspace))
     else:

@@ -1,8 +1,8 @@
 // Attention backward, first step: the two numbers per query row that the main kernel reads, and an empty
 // workspace for it.
 //
-// What    delta = rowsum(d_out o out) - d_lse and lse_log2 = lse log2(e) in float32; zeros in dq_accum, in the
-//         semaphores and in the counters.
+// What    delta = rowsum(d_out o out) - d_lse and lse_log2 = lse log2(e) in float32; zeros in the semaphores, in the
+//         counters, and in dq_accum or, where the main kernel goes on with that, in its first tiles.
 //         d_lse enters here because d lse / d S = P: dS = P o (dP - rowsum(d_out o out)) + P d_lse.
 // Blocks  grid.x = m_blocks * num_heads * batch: one query tile of the main kernel each. Rows of the last tile
 //         that are past the end, and rows that see no key, get lse_log2 = +inf and delta = 0, hence P = dS = 0.
@@ -92,11 +92,10 @@ CUFLASH_DEVICE void backward_preprocess(BackwardParams const& params, u32 /*smem
     // ---- zeros ----
     constexpr int kAccumChunks = cfg.block_m * cfg.dq_columns / 4;
     uint4* const dq_accum = reinterpret_cast<uint4*>(params.dq_accum) + tile * kAccumChunks;
-#pragma unroll
-    for (int first = 0; first < kAccumChunks; first += kThreads)
-        if (first + thread < kAccumChunks) dq_accum[first + thread] = uint4{0, 0, 0, 0};
-    if (tile == 0)
-        for (int i = thread; i < params.num_counters; i += kThreads) reinterpret_cast<int*>(params.counters)[i] = 0;
+    if (tile < params.num_emptied)
+        for (int i = thread; i < kAccumChunks; i += kThreads) dq_accum[i] = uint4{0, 0, 0, 0};
+    i64 const counter = tile * kThreads + thread;
+    if (counter < params.num_counters) reinterpret_cast<int*>(params.counters)[counter] = 0;
     if (thread < cfg.semaphores) reinterpret_cast<int*>(params.semaphore)[tile * cfg.semaphores + thread] = 0;
 
     // ---- rows ----

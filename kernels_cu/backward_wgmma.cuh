@@ -13,7 +13,8 @@
 //         a key/value head follow one another. Where all tiles are alike, the last ones, of which not every block would
 //         get one, are claimed in parts (`TileParts`), and what a block has of their d_k and d_v is left to backward_gather.cuh.
 // Who     warpgroup 0 produces: one thread claims tiles and orders K and V, and Q, dO and the two numbers per row of each
-//         step (attention/backward_steps.cuh); two others see to the order in which blocks add to d_q, where that is fixed.
+//         step (attention/backward_steps.cuh); two others see to the order in which blocks add to d_q, where that is fixed,
+//         and one fills with zeros what blocks are going to add to.
 //         Two warpgroups consume.
 //         By keys (head dims up to 128): each owns 64 keys. P^T and dS^T stay in its registers, as operands of dV and dK.
 //         By role (wider heads, whose dV and dK do not fit the registers of one): both have the same 64 keys. The first
@@ -717,6 +718,7 @@ CUFLASH_DEVICE void backward_wgmma(ParamsOf<cfg.score, BackwardWgmmaParams> cons
     if (warpgroup == 0) {
         warpgroup_release_registers<24>();
         if (thread == 0) steps.produce();
+        if (thread == 96) steps.look_after_zeros();
         if constexpr (cfg.deterministic) {
             if (thread == 32) steps.take_turns();
             if (thread == 64) steps.pass_turns();

@@ -38,15 +38,17 @@ struct BackwardWgmmaTiles {
     static constexpr int kP = kDS + 2 * dS::kBytes;
     static constexpr int kLse = kP + kPBytes;
     static constexpr int kDelta = kLse + cfg.num_stages * kStatBytes;
+    static constexpr int kZeros = kDelta + cfg.num_stages * kStatBytes;  // to be copied
+    static constexpr int kZerosBytes = 1024;
     // 16 bytes per step: twice as many as there are stages, as the step before is still of interest.
-    static constexpr int kNotes = kDelta + cfg.num_stages * kStatBytes;
+    static constexpr int kNotes = kZeros + kZerosBytes;
     static constexpr int kWork = kNotes + 2 * 16 * cfg.num_stages;
     // Of a tile that is claimed, of those that have a place, and of one that is stored.
     static constexpr int kNumWork = 4;
     static_assert(cfg.kv_stages + 2 <= kNumWork, "there is work for every tile that is claimed and not stored");
     static constexpr int kRest = kWork + 48 * kNumWork;
     static constexpr int kBarriers = kRest + 16;
-    static constexpr int kBytes = kBarriers + 8 * (5 + 3 * cfg.kv_stages + 3 * cfg.num_stages);
+    static constexpr int kBytes = kBarriers + 8 * (5 + 4 * cfg.kv_stages + 3 * cfg.num_stages);
 };
 
 template <BackwardWgmmaConfig cfg>
@@ -84,17 +86,21 @@ struct BackwardSteps {
     CUFLASH_DEVICE u32 k_full(TilePosition tile) const { return barrier(5 + tile.stage()); }
     CUFLASH_DEVICE u32 v_full(TilePosition tile) const { return barrier(5 + cfg.kv_stages + tile.stage()); }
     CUFLASH_DEVICE u32 kv_empty(TilePosition tile) const { return barrier(5 + 2 * cfg.kv_stages + tile.stage()); }
-    static constexpr u32 kOfSteps = 5 + 3 * cfg.kv_stages;
+    CUFLASH_DEVICE u32 claimed(TilePosition tile) const { return barrier(5 + 3 * cfg.kv_stages + tile.stage()); }
+    static constexpr u32 kOfSteps = 5 + 4 * cfg.kv_stages;
     CUFLASH_DEVICE u32 q_full(Position at) const { return barrier(kOfSteps + at.stage()); }
     CUFLASH_DEVICE u32 d_out_full(Position at) const { return barrier(kOfSteps + cfg.num_stages + at.stage()); }
     CUFLASH_DEVICE u32 empty(Position at) const { return barrier(kOfSteps + 2 * cfg.num_stages + at.stage()); }
 
     CUFLASH_DEVICE void init() const {
         st_shared_v2(rest(), 0, 0);
+        for (u32 i = 0; i < Tiles::kZerosBytes; i += 16) st_shared_v4(smem + Tiles::kZeros + i, uint4{0, 0, 0, 0});
+        proxy_fence();
         for (u32 i = 0; i < cfg.kv_stages; ++i) {
-            mbarrier_init(k_full(TilePosition{i}), 1);
+            mbarrier_init(claimed(TilePosition{i}), 1);
+            mbarrier_init(k_full(TilePosition{i}), 2);  // the load, and zeros
             mbarrier_init(v_full(TilePosition{i}), 1);
-            mbarrier_init(kv_empty(TilePosition{i}), kConsumerWarps + (cfg.deterministic ? 2 : 0));
+            mbarrier_init(kv_empty(TilePosition{i}), kConsumerWarps + 1 + (cfg.deterministic ? 2 : 0));
         }
         mbarrier_init(turn(), 1);
         mbarrier_init(added(), kAddingWarps);
@@ -226,6 +232,7 @@ struct BackwardSteps {
             Work const now = work(tile);
             claim(now);  // takes a while, in which the tile before is computed
             mbarrier_wait(kv_empty(tile), ~tile.parity() & 1);
+            mbarrier_arrive(claimed(tile));
             i32 steps_left = now.num_steps();
             if (steps_left <= 0) {
                 mbarrier_arrive(k_full(tile));
@@ -296,6 +303,51 @@ struct BackwardSteps {
 #pragma unroll
         for (int c = 0; c < Tile::kCols; c += 64)
             tma_load_4d(target + c / 64 * Tile::kSlabStride, map, barrier, c, row, head, batch);
+    }
+
+    // ---- zeros, to which tiles of keys add their dQ ----
+    // The tiles of dQ of a section's heads are neighbours. Those of the first sections hold zeros from the start; those of
+    // another are filled by the tiles of keys that come `sections_ahead` sections before, each its share: while they
+    // compute, memory has time for it, and the zeros are still in the cache when sums take their place. One thread looks after
+    // that, and counts as a load of K: who finds K there finds zeros for its dQ, too.
+    CUFLASH_DEVICE int tiles_per_section() const { return params.order.section * params.order.num_blocks; }
+    // How many shares of a section hold zeros.
+    CUFLASH_DEVICE int* num_shares(int section) const { return num_claimed() + 1 + section; }
+
+    CUFLASH_DEVICE void look_after_zeros() const {
+#pragma unroll 1
+        for (TilePosition tile;; tile = tile + 1) {
+            mbarrier_wait(claimed(tile), tile.parity());
+            Work const now = work(tile);
+            i32 const num_steps = now.num_steps();
+            int const head = now.batch() * params.order.num_heads + now.head_kv();
+            int const share = head % params.order.section * params.order.num_blocks + now.k_begin() / cfg.block_n;
+            mbarrier_arrive(kv_empty(tile));
+            int const section = head / params.order.section;
+            if (num_steps > 0 && section >= params.sections_ahead) {
+                while (load_acquire(num_shares(section)) < tiles_per_section()) {
+                }
+            }
+            mbarrier_arrive(k_full(tile));
+            if (num_steps == kNoMore) return;
+            fill_with_zeros(section + params.sections_ahead, share);
+        }
+    }
+    CUFLASH_DEVICE void fill_with_zeros(int section, int share) const {
+        constexpr int kPiece = Tiles::kZerosBytes;
+        static_assert(Accum::kElems * 4 % kPiece == 0, "a tile of dQ consists of whole pieces");
+        TileOrder const& order = params.order;
+        int const first_head = section * order.section;
+        int const num_heads = min(order.section, order.num_tiles / order.num_blocks - first_head);
+        if (num_heads <= 0) return;  // that was the last section
+        int const per_head = params.shape.group_size * (params.rows / cfg.block_m) * (Accum::kElems * 4 / kPiece);
+        char* const target = params.dq_accum + static_cast<i64>(first_head) * per_head * kPiece;
+#pragma unroll 1
+        for (int piece = share; piece < num_heads * per_head; piece += tiles_per_section()) {
+            bulk_store(target + static_cast<i64>(piece) * kPiece, smem + Tiles::kZeros, kPiece);
+        }
+        bulk_finish();
+        add_release(num_shares(section), 1);
     }
 
     // ---- dQ: what warp `warp` of `Accum` holds of a step ----

@@ -144,6 +144,7 @@ struct BackwardParams {
     Shape shape;
     i32 rows;          // seqlen_q rounded up to block_m of the main kernel
     i32 num_counters;
+    i32 num_emptied;   // the first tiles of dq_accum, which hold zeros when the main kernel begins
     float scale_log2;  // scale * log2(e), with its sign
     i32 num_batches;
     double scale;
@@ -167,4 +168,5 @@ struct BackwardWgmmaParams : BackwardParams {
     TensorMap d_out_map, q_map, k_map, v_map;  // of what somebody sees; see backward_wgmma.cuh
     TileOrder order;                           // of tiles of keys
     TileParts tail;
+    i32 sections_ahead;                        // tiles of keys fill with zeros what belongs to heads so many sections later
 };

@@ -24,7 +24,7 @@ CUFLASH_DEVICE int fetch_add(int* gmem, int x) {
     return before;
 }
 
-// Everything before `store_release` is visible to whoever reads its value by `load_acquire`.
+// Everything before `store_release` or `add_release` is visible to whoever reads what it leaves by `load_acquire`.
 CUFLASH_DEVICE int load_acquire(int const* gmem) {
     int value;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
@@ -33,4 +33,8 @@ CUFLASH_DEVICE int load_acquire(int const* gmem) {
 
 CUFLASH_DEVICE void store_release(int* gmem, int value) {
     asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
+}
+
+CUFLASH_DEVICE void add_release(int* gmem, int x) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");
 }

@@ -37,5 +37,14 @@ CUFLASH_DEVICE void bulk_load(u32 smem, char const* gmem, int bytes, u32 barrier
                  : "memory");
 }
 
+// The other way round, without a barrier: the thread that ordered it waits until all of it is in global memory.
+CUFLASH_DEVICE void bulk_store(char* gmem, u32 smem, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(gmem), "r"(smem), "r"(bytes)
+                 : "memory");
+}
+CUFLASH_DEVICE void bulk_finish() {
+    asm volatile("cp.async.bulk.commit_group;\n\tcp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // Makes what this thread stored to shared memory visible to the engine and to wgmma, once a barrier follows.
 CUFLASH_DEVICE void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -266,6 +267,45 @@ def test_last_tiles_end_together(seqlen_q: int, seqlen_k: int, heads: int, group
         tail = plan_backward(other, device)[1].tail
         assert tail is not None
         assert tail.num_steps == 0
+
+
+@example(seqlen_q=1000, seqlen_k=1000, heads=30, group=2, batch=30, is_causal=False, deterministic=False, dim=64)
+@example(seqlen_q=4096, seqlen_k=4096, heads=16, group=1, batch=4, is_causal=True, deterministic=True, dim=128)
+@example(seqlen_q=5, seqlen_k=0, heads=2, group=1, batch=2, is_causal=False, deterministic=False, dim=64)
+@given(
+    seqlen_q=lengths(5000), seqlen_k=lengths(5000), heads=st.integers(1, 40), group=st.sampled_from((1, 3)),
+    batch=st.integers(1, 30), is_causal=st.booleans(), deterministic=st.booleans(), dim=st.sampled_from((64, 128, 256)),
+)  # fmt: skip
+def test_all_of_the_workspace_is_emptied_once_and_in_time(
+    seqlen_q: int, seqlen_k: int, heads: int, group: int, batch: int, is_causal: bool, deterministic: bool, dim: int
+) -> None:
+    """By the first launch, or by whole tiles of keys that every block has left behind when it comes there."""
+    device = DeviceInfo.of_arch(90)
+    band = make_band(is_causal, None, None, seqlen_q, seqlen_k)
+    problem = Problem(
+        "float16", batch, heads * group, heads, seqlen_q, seqlen_k, dim, dim, 0.1, band, deterministic=deterministic
+    )
+    preprocess, main, *_ = plan_backward(problem, device)
+    order, tail, ahead, workspace = main.order, main.tail, main.sections_ahead, main.workspace
+    assert order is not None
+    assert tail is not None
+    assert workspace is not None
+    assert workspace.num_counters == 1 + order.num_sections
+    # As many blocks of the first launch as there are tiles, each with room for counters.
+    assert workspace.num_counters <= max(preprocess.grid, 1) * preprocess.block
+    per_head = preprocess.grid // (batch * heads)
+    emptied = np.zeros(preprocess.grid, int)
+    emptied[: workspace.num_emptied] += 1
+    per_section = order.section * order.num_blocks
+    for section in range(order.num_sections - ahead):
+        tiles = np.arange(section * per_section, (section + 1) * per_section)
+        assert tiles[-1] < tail.first_tile
+        first_head = (section + ahead) * order.section
+        target = emptied[first_head * per_head : min(first_head + order.section, batch * heads) * per_head]
+        for share in range(per_section):
+            target[share::per_section] += 1
+    assert (emptied == 1).all()
+    assert ahead == order.num_sections or ahead * per_section >= planning._WAVES_AHEAD * main.grid
 
 
 @given(

@@ -62,6 +62,7 @@ void mbarrier_init(u32 address, int count) {
 
 void mbarrier_arrive(u32 address, int bytes) {
     pause(4);
+    current->last_look = {};
     Mbarrier& barrier = current->block->barriers.at(address);
     trace("mbarrier 0x%x: arrival %d of %d, and %d bytes announced", address, barrier.count - barrier.pending + 1,
           barrier.count, bytes);

@@ -13,6 +13,7 @@ void Thread::end() {
     if (products.issued != products.settled) error("a thread ends before wgmma that it has issued");
     for (auto const& group : copy_groups)
         if (!group.empty()) error("a thread ends before cp.async that it has ordered");
+    if (!stores.empty()) error("a thread ends before copies that it has ordered");
     is_done = true;
     warp().ready_lanes &= ~(1u << lane());
     --warp().alive;
@@ -118,6 +119,12 @@ int load_acquire(int const* semaphore) {
 void store_release(int* semaphore, int value) {
     pause(4);
     *semaphore = value;
+    wake(semaphore_waiters);
+}
+
+void add_release(int* semaphore, int x) {
+    pause(4);
+    *semaphore += x;
     wake(semaphore_waiters);
 }
 

@@ -12,7 +12,7 @@ struct Warp;
 
 // A thread is a fiber: it has a stack of its own and runs until it waits.
 struct Thread {
-    // Looks at a semaphore that showed the same number each time.
+    // Looks at a semaphore, with no arrival between them, that showed the same number each time.
     struct Look {
         int const* semaphore;
         int value, times;
@@ -31,6 +31,7 @@ struct Thread {
     IssuedProducts products;
     std::vector<Copy> open_copies;  // by cp.async
     std::deque<std::vector<Copy>> copy_groups;
+    std::vector<BulkStore> stores;
 
     int lane() const { return index % 32; }
     Warp& warp() const;

@@ -104,4 +104,23 @@ void cp_async_wait(int pending) {
         for (Copy const& copy : groups.front()) shared().store(copy.target, copy.source, copy.bytes, copy.by);
 }
 
+// These, too, arrive when their thread waits for them.
+void bulk_store(char* target, u32 source, int bytes) {
+    if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<u64>(target) % 16 != 0)
+        error("a copy of %d bytes to %p: multiples of 16 are wanted", bytes, static_cast<void*>(target));
+    shared().check_bounds(source, bytes, SharedMemory::kChunk, "copy");
+    for (int i = 0; i < bytes; i += SharedMemory::kChunk) ++shared().readers[(source + i) / SharedMemory::kChunk];
+    current->stores.push_back({target, source, bytes, EMULATOR_CALLER});
+}
+
+void bulk_finish() {
+    if (random() % 2 == 0)
+        for (u32 others = random() % 4096; others > 0; --others) pause(1);  // memory is slow
+    for (BulkStore const& copy : std::exchange(current->stores, {}))
+        for (int i = 0; i < copy.bytes; i += SharedMemory::kChunk) {
+            shared().read_chunk(copy.source + i, copy.target + i, copy.by, *current->block);
+            --shared().readers[(copy.source + i) / SharedMemory::kChunk];
+        }
+}
+
 }  // namespace emulator

@@ -1,5 +1,6 @@
 // Copies from global to shared memory that run beside the threads: boxes of tensors and plain bytes by the engine of a
-// block (TMA), in any order, and those that a thread orders and waits for itself (cp.async).
+// block (TMA), in any order, and those that a thread orders and waits for itself (cp.async). And copies the other way
+// round, of bytes, which a thread waits for, too.
 #pragma once
 #include <vector>
 
@@ -24,6 +25,14 @@ struct Copy {
     Mbarrier* barrier = nullptr;            // null if a thread waits for it itself
     TensorMapContent const* map = nullptr;  // of a box
     std::vector<int> corner = {};
+};
+
+// From shared to global memory.
+struct BulkStore {
+    char* target;
+    u32 source;
+    int bytes;
+    Place by;
 };
 
 struct CopyEngine : Agent {

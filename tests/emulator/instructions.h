@@ -49,13 +49,16 @@ bool mbarrier_test(u32 address, u32 parity);
 // ---- semaphores in global memory, between blocks ----
 int load_acquire(int const* semaphore);
 void store_release(int* semaphore, int value);
+void add_release(int* semaphore, int x);
 
-// ---- copies from global to shared memory ----
+// ---- copies between global and shared memory ----
 void copy_box(u32 target, void const* map, u32 barrier, std::initializer_list<int> corner);
 void copy_bytes(u32 target, char const* source, int bytes, u32 barrier);
 void cp_async(u32 target, void const* source, int bytes, bool valid);
 void cp_async_commit();
 void cp_async_wait(int pending);
+void bulk_store(char* target, u32 source, int bytes);
+void bulk_finish();
 
 // ---- products ----
 enum class Element { kF16, kBF16, kTF32 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -49,15 +50,24 @@ class BackwardOperands(Operands):
         return tuple(found)
 
 
-def with_order(plans: tuple[plan.Plan, ...], draw: random.Random) -> tuple[plan.Plan, ...]:
-    """The same tiles by another grid in another order, unless that would be others that are cut into parts."""
-    main = plans[1]
-    assert main.order is not None
-    assert main.tail is not None
-    order = main.order
-    if main.tail.num_steps == 0:
+def with_order(plans: tuple[plan.Plan, ...], problem: Problem, draw: random.Random) -> tuple[plan.Plan, ...]:
+    """The same tiles by another grid in another order, unless that would be others that are cut into parts.
+
+    Sections of any length, which empty the workspace of any later one.
+    """
+    config, order, tail = plans[1].config, plans[1].order, plans[1].tail
+    assert isinstance(config, configs.BackwardWgmmaConfig)
+    assert order is not None
+    assert tail is not None
+    if tail.num_steps == 0:
         order = dataclasses.replace(order, section=draw.randint(1, 2 * order.num_heads))
-    return plans[0], dataclasses.replace(main, grid=draw.randint(1, order.num_tiles), order=order), *plans[2:]
+        ahead = draw.randint(1, order.num_sections)
+        with (
+            mock.patch.object(plan, "_backward_order", return_value=order),
+            mock.patch.object(plan, "_sections_ahead", return_value=ahead),
+        ):
+            plans = plan.plans_around(config, problem, DEVICE)
+    return plans[0], dataclasses.replace(plans[1], grid=draw.randint(1, order.num_tiles)), *plans[2:]
 
 
 def differences(found: tuple[Any, ...], wanted: tuple[Any, ...]) -> Any:
@@ -116,7 +126,7 @@ def test_a_thousand_problems(seed: int) -> None:
         forward = operands[dim].call(problem)
         plans = plan.plans_around(main_config(dim, deterministic), problem, DEVICE)
         found = operands[dim].gradients(problem, forward, plans)
-        again = operands[dim].gradients(problem, forward, with_order(plans, draw))
+        again = operands[dim].gradients(problem, forward, with_order(plans, problem, draw))
         for one, two in list(zip(found, again, strict=True))[0 if deterministic else 1 :]:
             same &= (one.view(np.uint16) == two.view(np.uint16)).all()
         if number % 10 == 0:
@@ -147,7 +157,7 @@ def test_tiles_in_parts(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
         forward = operands.call(problem)
         plans = plan.plans_around(main_config(dim, draw.random() < 0.3), problem, DEVICE)
         found = operands.gradients(problem, forward, plans)
-        again = operands.gradients(problem, forward, with_order(plans, draw))
+        again = operands.gradients(problem, forward, with_order(plans, problem, draw))
         for one, two in list(zip(found, again, strict=True))[1:]:
             same &= (one.view(np.uint16) == two.view(np.uint16)).all()
         portable = operands.gradients(problem, forward, plan.plan_backward(problem, PORTABLE))

@@ -426,12 +426,38 @@ CUFLASH_DEVICE void load_bytes(uint4* out, char const* source, int bytes, u32 sm
     for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) out[i] = ld_shared_v4(smem + 16 * i);
 }
 """
+# The other way round, and counted in global memory when it is done: whoever reads the count reads the bytes.
+STORE_BYTES = """
+CUFLASH_DEVICE void store_bytes(uint4* out, uint4 const* source, uint4* target, int* count, int bytes, u32 smem) {
+    if (blockIdx.x == 0) {
+        for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) st_shared_v4(smem + 16 * i, source[i]);
+        proxy_fence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < bytes; i += 16) bulk_store(reinterpret_cast<char*>(target) + i, smem + i, 16);
+            bulk_finish();
+            add_release(count, 1);
+        }
+    } else {
+        if (threadIdx.x == 0) {
+            for (int looks = 0; load_acquire(count) == 0 && looks < 1 << 22; ++looks) {
+            }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) out[i] = target[i];
+    }
+}
+"""
 define(
     "bytes",
-    ("ptx/mbarrier", "ptx/shared", "ptx/tma"),
-    BOUNDED_WAIT + LOAD_BYTES,
-    [entry("load", 128, "uint4* out, char const* source, int bytes", "load_bytes(out, source, bytes, smem)")],
-)
+    ("ptx/mbarrier", "ptx/reduction", "ptx/shared", "ptx/tma"),
+    BOUNDED_WAIT + LOAD_BYTES + STORE_BYTES,
+    [
+        entry("load", 128, "uint4* out, char const* source, int bytes", "load_bytes(out, source, bytes, smem)"),
+        entry("store", 128, "uint4* out, uint4 const* source, uint4* target, int* count, int bytes",
+              "store_bytes(out, source, target, count, bytes, smem)"),
+    ],
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [16, 256, 320, 4096])
@@ -440,6 +466,16 @@ def test_bulk_load(size: int) -> None:
     out = cupy.zeros(size, dtype=np.uint8)
     launch("bytes", "load", out, source_bytes[48:], size, smem=4096 + 8)
     assert_same_bits(out, source_bytes[48 : 48 + size])
+
+
+@pytest.mark.parametrize("size", [16, 320, 4096])
+def test_bulk_store(size: int) -> None:
+    source_bytes = cupy.arange(size, dtype=np.uint8)
+    out, target = (cupy.full(size, 0xFF, dtype=np.uint8) for _ in range(2))
+    count = cupy.zeros(1, dtype=np.int32)
+    launch("bytes", "store", out, source_bytes, target, count, size, smem=4096 + 8, grid=2)
+    assert int(count[0]) == 1
+    assert_same_bits(out, source_bytes)
 
 
 # ------------------------------------------------------------------------------------------- accumulators, transposed

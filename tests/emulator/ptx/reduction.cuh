@@ -19,3 +19,4 @@ CUFLASH_DEVICE int fetch_add(int* gmem, int x) {
 
 CUFLASH_DEVICE int load_acquire(int const* gmem) { return emulator::load_acquire(gmem); }
 CUFLASH_DEVICE void store_release(int* gmem, int value) { emulator::store_release(gmem, value); }
+CUFLASH_DEVICE void add_release(int* gmem, int x) { emulator::add_release(gmem, x); }

@@ -15,4 +15,6 @@ CUFLASH_DEVICE void tma_load_5d(u32 smem, TensorMap const& map, u32 barrier, int
 CUFLASH_DEVICE void bulk_load(u32 smem, char const* gmem, int bytes, u32 barrier) {
     emulator::copy_bytes(smem, gmem, bytes, barrier);
 }
+CUFLASH_DEVICE void bulk_store(char* gmem, u32 smem, int bytes) { emulator::bulk_store(gmem, smem, bytes); }
+CUFLASH_DEVICE void bulk_finish() { emulator::bulk_finish(); }
 CUFLASH_DEVICE void proxy_fence() { emulator::proxy_fence(); }
