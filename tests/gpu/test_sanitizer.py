@@ -35,6 +35,7 @@ CASES = [
     Case(dtype="float16", seqlen_q=37, seqlen_k=75, head_dim=270, head_dim_v=300),
     Case(batch=2, num_heads=6, num_heads_kv=2, seqlen_q=130, seqlen_k=65, window=(20, 7), q_offset=-30),
     Case(num_heads=6, num_heads_kv=1, seqlen_q=300, seqlen_k=200, head_dim=128, head_dim_v=128),  # tiles in parts
+    Case(batch=300, seqlen_q=5, seqlen_k=3),  # a workspace that the main kernel fills with zeros
     Case(seqlen_q=1, seqlen_k=1),
     Case(seqlen_q=65, seqlen_k=0),
     Case(seqlen_q=64, seqlen_k=64, is_causal=True, q_offset=-100),
