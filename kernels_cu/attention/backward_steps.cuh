@@ -224,7 +224,8 @@ struct BackwardSteps {
     CUFLASH_DEVICE void produce() const {
         Shape const& shape = params.shape;
         // The maps cover what somebody sees. What lies outside becomes zero, whatever is there.
-        int const k_origin = key_blocks(shape, 0, shape.seqlen_q, cfg.block_n).k_begin;
+        // Computed anew for each tile, as a register is short.
+        auto const k_origin = [&] { return key_blocks(shape, 0, shape.seqlen_q, cfg.block_n).k_begin; };
         int const q_origin = query_blocks(shape, 0, shape.seqlen_k, cfg.block_m).k_begin;
         Position at;
 #pragma unroll 1
@@ -245,7 +246,7 @@ struct BackwardSteps {
             if constexpr (cfg.listed()) head = next_entry(now, head);
             bool first = true;
             mbarrier_arrive_expect(k_full(tile), Tiles::K::kBytes);
-            load<typename Tiles::K>(k(tile), params.k_map, k_full(tile), now.k_begin() - k_origin, now.head_kv(),
+            load<typename Tiles::K>(k(tile), params.k_map, k_full(tile), now.k_begin() - k_origin(), now.head_kv(),
                                     now.batch());
 #pragma unroll 1
             do {
@@ -268,7 +269,7 @@ struct BackwardSteps {
                 bulk_load(lse(at), params.lse_log2 + stats, cfg.block_m * 4, q_full(at));
                 if (first) {
                     mbarrier_arrive_expect(v_full(tile), Tiles::V::kBytes);
-                    load<typename Tiles::V>(v(tile), params.v_map, v_full(tile), k_begin - k_origin, now.head_kv(),
+                    load<typename Tiles::V>(v(tile), params.v_map, v_full(tile), k_begin - k_origin(), now.head_kv(),
                                             batch);
                 }
                 mbarrier_arrive_expect(d_out_full(at), Tiles::dO::kBytes + cfg.block_m * 4);
